@@ -1,0 +1,289 @@
+package members_test
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/longshore-lb/longshore/announcer/members"
+	"go.uber.org/goleak"
+)
+
+// childEnv, if set, makes the test binary one agent, "name address peer,peer", that runs until it is killed.
+const childEnv = "LONGSHORE_TEST_MEMBER"
+
+// patience is how long a test waits for what must come.
+const patience = 60 * time.Second
+
+func TestMain(m *testing.M) {
+	if child := os.Getenv(childEnv); child != "" {
+		runChild(strings.Fields(child))
+	}
+	goleak.VerifyTestMain(m)
+}
+
+func runChild(fields []string) {
+	m, err := members.New(members.Config{Node: fields[0], Bind: netip.MustParseAddrPort(fields[1]), Log: slog.New(slog.DiscardHandler)})
+	if err == nil {
+		m.Join([]netip.AddrPort{netip.MustParseAddrPort(fields[2])})
+		fmt.Println("running")
+		err = m.Run(context.Background())
+	}
+	fmt.Println(err)
+	os.Exit(1)
+}
+
+// agent is one running member.
+type agent struct {
+	*members.Members
+	name string
+	stop func() // gracefully; returns when Run did
+}
+
+func start(t *testing.T, name string, bind netip.AddrPort, key []byte, peers ...netip.AddrPort) agent {
+	t.Helper()
+	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})).With("agent", name)
+	m, err := members.New(members.Config{Node: name, Bind: bind, Key: key, Log: log})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Join(peers)
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- m.Run(ctx) }()
+	stopped := false
+	a := agent{Members: m, name: name, stop: func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("%s ended: %v", name, err)
+		}
+	}}
+	t.Cleanup(a.stop)
+	return a
+}
+
+// sees waits, by Changed alone, until the agent sees exactly these alive, and returns how long it took.
+func (a agent) sees(t *testing.T, want ...string) time.Duration {
+	t.Helper()
+	begin := time.Now()
+	deadline := time.After(patience)
+	for {
+		got := a.Alive()
+		if slices.Equal(got, want) {
+			return time.Since(begin)
+		}
+		select {
+		case <-a.Changed():
+		case <-deadline:
+			t.Fatalf("%s sees the wrong agents (-want +got):\n%s", a.name, cmp.Diff(want, got))
+		}
+	}
+}
+
+// endpoint is a port that is free on an address for both UDP and TCP.
+func endpoint(t *testing.T, addr string) netip.AddrPort {
+	t.Helper()
+	for range 20 {
+		l, err := net.Listen("tcp", net.JoinHostPort(addr, "0"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := l.Addr().(*net.TCPAddr).AddrPort()
+		u, err := net.ListenPacket("udp", found.String())
+		l.Close()
+		if err == nil {
+			u.Close()
+			return netip.AddrPortFrom(found.Addr().Unmap(), found.Port())
+		}
+	}
+	t.Fatalf("no port of %s is free for UDP and TCP", addr)
+	return netip.AddrPort{}
+}
+
+func TestMembers(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		addrs [3]string
+		key   []byte
+	}{
+		{"IPv4", [3]string{"127.0.0.11", "127.0.0.12", "127.0.0.13"}, nil},
+		{"IPv4 encrypted", [3]string{"127.0.0.11", "127.0.0.12", "127.0.0.13"}, []byte("0123456789abcdef0123456789abcdef")},
+		{"IPv6", [3]string{"::1", "::1", "::1"}, nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var at []netip.AddrPort
+			for _, addr := range test.addrs {
+				at = append(at, endpoint(t, addr))
+			}
+			a := start(t, "a", at[0], test.key, at...) // its own address is among them
+			b := start(t, "b", at[1], test.key, at[0])
+			c := start(t, "c", at[2], test.key, at[0]) // b is found through a
+			for _, x := range []agent{a, b, c} {
+				x.sees(t, "a", "b", "c")
+			}
+
+			c.stop()
+			if got := c.Alive(); !slices.Equal(got, []string{"c"}) {
+				t.Errorf("c has stopped and sees %v", got)
+			}
+			a.sees(t, "a", "b")
+			b.sees(t, "a", "b")
+
+			c = start(t, "c", at[2], test.key) // it is looked for by a, which knows all addresses
+			for _, x := range []agent{a, b, c} {
+				x.sees(t, "a", "b", "c")
+			}
+		})
+	}
+}
+
+// TestKilled kills an agent as a crash does: it says nothing.
+func TestKilled(t *testing.T) {
+	at := []netip.AddrPort{endpoint(t, "127.0.0.21"), endpoint(t, "127.0.0.22"), endpoint(t, "127.0.0.23")}
+	a := start(t, "a", at[0], nil, at...)
+	b := start(t, "b", at[1], nil, at...)
+	kill := startChild(t, "c", at[2], at[0])
+	a.sees(t, "a", "b", "c")
+	b.sees(t, "a", "b", "c")
+
+	kill()
+	t.Logf("c was killed; a knew %v later, b %v after that", a.sees(t, "a", "b"), b.sees(t, "a", "b"))
+
+	kill = startChild(t, "c", at[2], at[0])
+	a.sees(t, "a", "b", "c")
+	b.sees(t, "a", "b", "c")
+	kill()
+	a.sees(t, "a", "b")
+
+	// A node may come back with another address.
+	elsewhere := endpoint(t, "127.0.0.24")
+	startChild(t, "c", elsewhere, at[0])
+	a.sees(t, "a", "b", "c")
+}
+
+// startChild runs an agent as a process of its own and returns what kills it.
+func startChild(t *testing.T, name string, bind, peer netip.AddrPort) (kill func()) {
+	t.Helper()
+	child := exec.Command(os.Args[0])
+	child.Env = append(os.Environ(), fmt.Sprintf("%s=%s %s %s", childEnv, name, bind, peer))
+	out, err := child.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewReader(out)
+	if line, err := lines.ReadString('\n'); line != "running\n" {
+		t.Fatalf("agent %s: %q, %v", name, line, err)
+	}
+	killed := false
+	kill = func() {
+		if killed {
+			return
+		}
+		killed = true
+		child.Process.Kill()
+		rest, _ := io.ReadAll(lines)
+		child.Wait()
+		if len(rest) > 0 {
+			t.Errorf("agent %s ended before it was killed: %s", name, rest)
+		}
+	}
+	t.Cleanup(kill)
+	return kill
+}
+
+// TestStrangers holds that agents with different keys, or one with and one without, stay apart.
+func TestStrangers(t *testing.T) {
+	at := []netip.AddrPort{endpoint(t, "127.0.0.31"), endpoint(t, "127.0.0.32"), endpoint(t, "127.0.0.33")}
+	key := []byte("0123456789abcdef")
+	a := start(t, "a", at[0], key, at...)
+	stranger := start(t, "stranger", at[1], []byte("fedcba9876543210"), at...)
+	friend := start(t, "friend", at[2], key, at...)
+	a.sees(t, "a", "friend")
+	friend.sees(t, "a", "friend")
+	stranger.sees(t, "stranger")
+}
+
+func TestBindsTheNodeAddressOnly(t *testing.T) {
+	at := endpoint(t, "127.0.0.41")
+	a := start(t, "a", at, nil)
+	<-a.Changed() // running
+	for _, network := range []string{"tcp", "udp"} {
+		other := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.42"), at.Port()).String()
+		var err error
+		if network == "tcp" {
+			var l net.Listener
+			if l, err = net.Listen(network, other); err == nil {
+				l.Close()
+			}
+		} else {
+			var l net.PacketConn
+			if l, err = net.ListenPacket(network, other); err == nil {
+				l.Close()
+			}
+		}
+		if err != nil {
+			t.Errorf("bound to more than %s: %v", at, err)
+		}
+	}
+}
+
+func TestRunAddressTaken(t *testing.T) {
+	at := endpoint(t, "127.0.0.51")
+	a := start(t, "a", at, nil)
+	<-a.Changed()
+	m, err := members.New(members.Config{Node: "b", Bind: at, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = m.Run(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "gossip on "+at.String()) {
+		t.Errorf("Run on an address in use: %v", err)
+	}
+}
+
+func TestNew(t *testing.T) {
+	log := slog.New(slog.DiscardHandler)
+	bind := netip.MustParseAddrPort("192.0.2.1:7946")
+	for _, test := range []struct {
+		name   string
+		config members.Config
+		want   string // "" = accepted
+	}{
+		{"good", members.Config{Node: "a", Bind: bind, Log: log}, ""},
+		{"good key", members.Config{Node: "a", Bind: bind, Log: log, Key: make([]byte, 24)}, ""},
+		{"no name", members.Config{Bind: bind, Log: log}, "no node name"},
+		{"no logger", members.Config{Node: "a", Bind: bind}, "no logger"},
+		{"no address", members.Config{Node: "a", Log: log}, "bind address"},
+		{"every address", members.Config{Node: "a", Bind: netip.MustParseAddrPort("[::]:7946"), Log: log}, "bind address [::]:7946"},
+		{"no port", members.Config{Node: "a", Bind: netip.MustParseAddrPort("192.0.2.1:0"), Log: log}, "bind address 192.0.2.1:0"},
+		{"short key", members.Config{Node: "a", Bind: bind, Log: log, Key: make([]byte, 15)}, "key of 15 bytes"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			_, err := members.New(test.config)
+			switch {
+			case test.want == "" && err != nil:
+				t.Errorf("New: %v", err)
+			case test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)):
+				t.Errorf("New: %v, want %q", err, test.want)
+			}
+		})
+	}
+}

@@ -1,0 +1,60 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/longshore-lb/longshore/controller"
+)
+
+func controllerCommand() *cobra.Command {
+	var cluster clusterFlags
+	c := &cobra.Command{
+		Use:   "controller",
+		Short: "Give the Services of a cluster addresses from IPAddressPools; one works, the others wait",
+		Args:  cobra.NoArgs,
+	}
+	cluster.add(c)
+	class := c.Flags().String("load-balancer-class", "", "spec.loadBalancerClass of the Services to serve; by default those without one")
+	identity := c.Flags().String("identity", "", "name of this process in the leader election; by default the host name and process id")
+	logger := logFlags(c)
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		log, err := logger()
+		if err != nil {
+			return err
+		}
+		restConfig, namespace, err := cluster.config()
+		if err != nil {
+			return err
+		}
+		if *identity == "" {
+			host, err := os.Hostname()
+			if err != nil {
+				return fmt.Errorf("--identity: %w", err)
+			}
+			*identity = fmt.Sprintf("%s-%d", host, os.Getpid())
+		}
+		kube, err := controller.NewKubernetes(restConfig, namespace)
+		if err != nil {
+			return err
+		}
+		return kube.Lead(c.Context(), *identity, func(ctx context.Context) {
+			log.Info("leading", "identity", *identity)
+			inbox := controller.NewInbox()
+			loop := controller.NewCluster(controller.ClusterOptions{
+				Class: *class, Inbox: inbox, Writer: kube, Events: kube.Events(ctx, "longshore-controller", *identity), Log: log,
+			})
+			group, ctx := errgroup.WithContext(ctx)
+			group.Go(func() error { return kube.WatchForCluster(ctx, inbox) })
+			group.Go(func() error { loop.Run(ctx); return nil })
+			if err := group.Wait(); err != nil {
+				log.Error("stopped leading", "error", err)
+			}
+		})
+	}
+	return c
+}

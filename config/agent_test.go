@@ -1,0 +1,180 @@
+package config
+
+import (
+	"net/netip"
+	"os"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"sigs.k8s.io/yaml"
+)
+
+var compareNetip = cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })
+
+// The reference file says what the defaults are, and names every field.
+func TestReferenceFile(t *testing.T) {
+	content, err := os.ReadFile("testdata/agent.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := ParseAgent("agent.yaml", content)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(DefaultAgent(), got, compareNetip); diff != "" {
+		t.Errorf("the file and the defaults differ (-default +file):\n%s", diff)
+	}
+	var written map[string]any
+	if err := yaml.Unmarshal(content, &written); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(fields(reflect.TypeFor[agentFile]()), keys(written)); diff != "" {
+		t.Errorf("fields (-code +file):\n%s", diff)
+	}
+}
+
+// fields is the JSON names of a struct's fields, and theirs.
+func fields(s reflect.Type) map[string]any {
+	all := map[string]any{}
+	for i := range s.NumField() {
+		f := s.Field(i)
+		all[f.Tag.Get("json")] = nil
+		if f.Type.Kind() == reflect.Struct {
+			all[f.Tag.Get("json")] = fields(f.Type)
+		}
+	}
+	return all
+}
+
+// keys is a map without its values.
+func keys(m map[string]any) map[string]any {
+	all := map[string]any{}
+	for k, v := range m {
+		all[k] = nil
+		if inner, ok := v.(map[string]any); ok {
+			all[k] = keys(inner)
+		}
+	}
+	return all
+}
+
+// The chart writes every field, and its values are the defaults.
+func TestChart(t *testing.T) {
+	const chart = "../charts/longshore/"
+	template, err := os.ReadFile(chart + "templates/agent-config.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range fields(reflect.TypeFor[agentFile]()) {
+		if !strings.Contains(string(template), "\n    "+name+":") {
+			t.Errorf("the chart's agent.yaml does not write %s", name)
+		}
+	}
+	content, err := os.ReadFile(chart + "values.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	values := struct {
+		LoadBalancerClass string    `json:"loadBalancerClass"`
+		Agent             agentFile `json:"agent"`
+	}{}
+	if err := yaml.Unmarshal(content, &values); err != nil {
+		t.Fatal(err)
+	}
+	want := defaults()
+	want.StatusSocket = "" // not a value: the path is mounted
+	if diff := cmp.Diff(want, values.Agent); diff != "" || values.LoadBalancerClass != want.LoadBalancerClass {
+		t.Errorf("values.yaml and the defaults differ (-default +values):\n%s", diff)
+	}
+	content, err = os.ReadFile(chart + "values.schema.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if list := `["` + strings.Join(Schedulers[:], `", "`) + `"]`; !strings.Contains(string(content), list) {
+		t.Errorf("values.schema.json does not have the schedulers %s", list)
+	}
+}
+
+func TestDefaultAgent(t *testing.T) {
+	want := Agent{
+		Scheduler:      "rr",
+		MembersPort:    7946,
+		StatusSocket:   "/run/longshore/agent.sock",
+		HealthAddress:  ":10256",
+		MetricsAddress: "127.0.0.1:10249",
+	}
+	if diff := cmp.Diff(want, DefaultAgent(), compareNetip); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	empty, err := ParseAgent("agent.yaml", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, empty, compareNetip); diff != "" {
+		t.Errorf("empty file (-want +got):\n%s", diff)
+	}
+}
+
+func TestParseAgent(t *testing.T) {
+	got, err := ParseAgent("agent.yaml", []byte(`
+scheduler: mh
+nodePortAddresses: [192.168.1.7/16, "fd00::/8"]
+loadBalancerClass: example.com/longshore
+members: {port: 1}
+statusSocket: /tmp/s
+healthAddress: "[::1]:1"
+metricsAddress: ""
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Agent{
+		Scheduler:         "mh",
+		NodePortAddresses: []netip.Prefix{netip.MustParsePrefix("192.168.0.0/16"), netip.MustParsePrefix("fd00::/8")},
+		LoadBalancerClass: "example.com/longshore",
+		MembersPort:       1,
+		StatusSocket:      "/tmp/s",
+		HealthAddress:     "[::1]:1",
+	}
+	if diff := cmp.Diff(want, got, compareNetip); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+func TestParseAgentErrors(t *testing.T) {
+	for _, test := range []struct{ name, file, want string }{
+		{"unknown field", "schedular: rr", `agent.yaml: unknown field "schedular"`},
+		{"unknown field inside", "members: {prot: 1}", `agent.yaml: unknown field "members.prot"`},
+		{"upper case", "Scheduler: rr", `agent.yaml: unknown field "Scheduler"`},
+		{"twice", "scheduler: rr\nscheduler: lc", "agent.yaml: yaml: unmarshal errors:\n  line 2: key \"scheduler\" already set in map"},
+		{"not YAML", "a: b: c", "agent.yaml: yaml: mapping values are not allowed in this context"},
+		{"wrong type", "members: {port: many}", `agent.yaml: members.port: string where int should be`},
+		{"scheduler", "scheduler: fair", `agent.yaml: scheduler: "fair" is not an IPVS scheduler: choose one of rr wrr lc wlc sh dh mh sed nq lblc lblcr fo ovf`},
+		{"no scheduler", `scheduler: ""`, `agent.yaml: scheduler: "" is not an IPVS scheduler: choose one of rr wrr lc wlc sh dh mh sed nq lblc lblcr fo ovf`},
+		{"node port addresses", "nodePortAddresses: [10.0.0.0/8, 10.0.0.1]", `agent.yaml: nodePortAddresses[1]: "10.0.0.1": not a CIDR like 192.168.0.0/16`},
+		{"class", "loadBalancerClass: a/b/c", `agent.yaml: loadBalancerClass: "a/b/c": a valid label key must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]') with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')`},
+		{"port 0", "members: {port: 0}", `agent.yaml: members.port: 0: must be between 1 and 65535`},
+		{"port high", "members: {port: 65536}", `agent.yaml: members.port: 65536: must be between 1 and 65535`},
+		{"socket relative", "statusSocket: s", `agent.yaml: statusSocket: "s": must be an absolute path`},
+		{"socket long", "statusSocket: /" + strings.Repeat("s", 107),
+			`agent.yaml: statusSocket: "/` + strings.Repeat("s", 107) + `": has 108 bytes, a socket's path has at most 107`},
+		{"no port", "healthAddress: 127.0.0.1", `agent.yaml: healthAddress: "127.0.0.1": neither host:port nor empty`},
+		{"bad port", "healthAddress: :http", `agent.yaml: healthAddress: ":http": port "http" is not between 1 and 65535`},
+		{"name", "metricsAddress: localhost:1", `agent.yaml: metricsAddress: "localhost:1": host "localhost" is not an IP address`},
+		{"several", "schedular: rr\nmembers: {port: -1}\nstatusSocket: s", `agent.yaml: unknown field "schedular"
+agent.yaml: members.port: -1: must be between 1 and 65535
+agent.yaml: statusSocket: "s": must be an absolute path`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			_, err := ParseAgent("agent.yaml", []byte(test.file))
+			if err == nil {
+				t.Fatal("no error")
+			}
+			if diff := cmp.Diff(test.want, err.Error()); diff != "" {
+				t.Errorf("error (-want +got):\n%s", diff)
+			}
+		})
+	}
+}

@@ -1,0 +1,490 @@
+package controller
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"reflect"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/longshore-lb/longshore/announcer"
+	"github.com/longshore-lb/longshore/announcer/bgp"
+	"github.com/longshore-lb/longshore/config"
+	"github.com/longshore-lb/longshore/ipvs"
+)
+
+// DataPlane is the kernel of this node (package ipvs/kernel).
+type DataPlane interface {
+	Prepare() error
+	Observe() (ipvs.State, error)
+	Apply([]ipvs.Operation) []ipvs.Failure
+}
+
+// Layer2 answers ARP and NDP (package announcer/layer2).
+type Layer2 interface {
+	Set([]announcer.Address)
+}
+
+// Speaker keeps BGP sessions (package announcer/bgp).
+type Speaker interface {
+	Set(bgp.Config)
+	Sessions() []bgp.Session
+}
+
+// Members tells which agents are alive (package announcer/members).
+type Members interface {
+	Join([]netip.AddrPort)
+	Alive() []string
+	Changed() <-chan struct{}
+}
+
+// Events takes what an owner of an object should know, such as a record.EventRecorder.
+type Events interface {
+	Event(object runtime.Object, eventtype, reason, message string)
+}
+
+// AgentOptions is what an agent works with.
+type AgentOptions struct {
+	Node      string
+	Config    config.Agent
+	Inbox     *Inbox
+	DataPlane DataPlane
+	Layer2    Layer2
+	Speaker   Speaker
+	Members   Members // nil if this is the only agent
+	Events    Events
+	Log       *slog.Logger
+	// Password reads the password of a BGP peer from the Secret of that name; nil if there are no Secrets.
+	Password func(ctx context.Context, secret string) (string, error)
+}
+
+// How long the agent waits: before it tries again what the kernel refused, and at its start for the other agents to
+// be heard of. Until then it takes every node for alive, so that it does not claim addresses that others announce.
+const (
+	retryAfter  = 5 * time.Second
+	settleAfter = 5 * time.Second
+)
+
+// Agent brings Services into the kernel of one node and their addresses onto the network. What it does in one pass is
+// proportional to what changed, except for its first pass and those after a failure.
+type Agent struct {
+	AgentOptions
+	ready   atomic.Bool
+	queries chan func()
+
+	// All of what follows belongs to Run.
+	snapshot  *snapshot
+	desired   ipvs.Desired
+	services  map[types.NamespacedName]*served
+	node      NodeView
+	network   NetworkView
+	peers     []config.Peer
+	settled   bool
+	pools     goodPools
+	refused   []string       // why objects of group metallb.io are not in use
+	announced []Announced    // as it was last told to the network
+	failures  []ipvs.Failure // of the last pass
+}
+
+// served is what the agent remembers of a Service.
+type served struct {
+	scheduler string // the last good one
+	problems  []Problem
+	hasReady  bool
+	announced []Announced
+	reported  []netip.Addr // addresses for which an event said that this node announces them
+}
+
+// NewAgent returns an agent that does nothing until Run.
+func NewAgent(o AgentOptions) *Agent {
+	return &Agent{
+		AgentOptions: o,
+		queries:      make(chan func()),
+		snapshot:     newSnapshot(),
+		services:     map[types.NamespacedName]*served{},
+	}
+}
+
+// Ready tells whether all that is desired was in the kernel after the last pass.
+func (a *Agent) Ready() bool { return a.ready.Load() }
+
+// Run works until ctx ends, and leaves the kernel as it then is: connections go on without the agent. It returns an
+// error only if the kernel cannot be used at all.
+func (a *Agent) Run(ctx context.Context) error {
+	if err := a.DataPlane.Prepare(); err != nil {
+		return fmt.Errorf("prepare the kernel: %w", err)
+	}
+	var membersChanged <-chan struct{}
+	if a.Members != nil {
+		membersChanged = a.Members.Changed()
+	}
+	settle := time.After(settleAfter)
+	retry := time.NewTimer(0)
+	retry.Stop()
+	full := true // compare with the kernel itself, not with what it was told before
+	for {
+		again := false
+		select {
+		case <-ctx.Done():
+			return nil
+		case query := <-a.queries:
+			query()
+			continue
+		case <-a.Inbox.poke:
+		case <-membersChanged:
+			again = true
+		case <-settle:
+			a.settled, again = true, true
+		case <-retry.C:
+			full = true
+		}
+		changes, synced := a.Inbox.take()
+		if !synced {
+			continue
+		}
+		if err := a.pass(ctx, changes, full, again); err != nil {
+			a.Log.Error("pass failed, trying again", "error", err, "after", retryAfter)
+			full = true
+			retry.Reset(retryAfter)
+			continue
+		}
+		full = len(a.failures) > 0
+		if full {
+			retry.Reset(retryAfter)
+		}
+	}
+}
+
+// pass takes changes in, brings the kernel and then the network to what is desired.
+func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged bool) error {
+	t := a.snapshot.update(changes)
+	ops := a.updateViews(ctx, &t, membersChanged)
+	for _, name := range slices.SortedFunc(maps.Keys(t.services), compareNames) {
+		ops = append(ops, a.translate(name)...)
+	}
+	if t.config || t.nodes || membersChanged || full {
+		for name := range a.services {
+			t.services[name] = struct{}{}
+		}
+	}
+	a.withdraw(t.services)
+	if full {
+		observed, err := a.DataPlane.Observe()
+		if err != nil {
+			a.ready.Store(false)
+			return fmt.Errorf("observe the kernel: %w", err)
+		}
+		ops = ipvs.Diff(observed, a.desired.State())
+	}
+	for _, o := range ops {
+		a.Log.Debug("apply", "operation", o.String())
+	}
+	a.failures = a.DataPlane.Apply(ops)
+	for _, f := range a.failures {
+		a.Log.Error("kernel operation failed", "error", f.Err)
+	}
+	a.ready.Store(len(a.failures) == 0)
+	a.announce()
+	if len(ops) > 0 {
+		a.Log.Info("kernel updated", "operations", len(ops), "failed", len(a.failures))
+	}
+	return nil
+}
+
+// updateViews derives the node's and the network's view from the objects where they changed. If the node's view is a
+// different one, every Service is touched.
+func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool) []ipvs.Operation {
+	var ops []ipvs.Operation
+	if t.nodes {
+		if node := a.nodeView(); !reflect.DeepEqual(node, a.node) {
+			a.node = node
+			ops = a.desired.Replace("node", TranslateNode(node))
+			for name := range a.snapshot.services {
+				t.services[name] = struct{}{}
+			}
+		}
+		if a.Members != nil {
+			a.Members.Join(a.memberAddresses())
+		}
+	}
+	if t.config {
+		a.updateConfig(ctx)
+	}
+	if t.nodes || t.config || membersChanged {
+		a.network.Node = a.Node
+		a.network.Nodes = a.candidates()
+		a.network.ThisNodeLabels = nil
+		if n := a.snapshot.nodes[types.NamespacedName{Name: a.Node}]; n != nil {
+			a.network.ThisNodeLabels = n.Labels
+		}
+	}
+	return ops
+}
+
+// nodeView is this node as the data plane needs it.
+func (a *Agent) nodeView() NodeView {
+	v := NodeView{Name: a.Node}
+	if n := a.snapshot.nodes[types.NamespacedName{Name: a.Node}]; n != nil {
+		v.Addresses = internalIPs(n)
+		for _, text := range n.Spec.PodCIDRs {
+			if p, err := netip.ParsePrefix(text); err == nil {
+				v.PodCIDRs = append(v.PodCIDRs, p.Masked())
+			}
+		}
+	}
+	for _, addr := range v.Addresses {
+		in := func(p netip.Prefix) bool { return p.Contains(addr) }
+		if len(a.Config.NodePortAddresses) == 0 || slices.ContainsFunc(a.Config.NodePortAddresses, in) {
+			v.NodePortAddrs = append(v.NodePortAddrs, addr)
+		}
+	}
+	for _, c := range sorted(a.snapshot.serviceCIDRs) {
+		for _, text := range c.Spec.CIDRs {
+			if p, err := netip.ParsePrefix(text); err == nil {
+				v.ServiceCIDRs = append(v.ServiceCIDRs, p.Masked())
+			}
+		}
+	}
+	return v
+}
+
+func internalIPs(n *corev1.Node) []netip.Addr {
+	var texts []string
+	for _, addr := range n.Status.Addresses {
+		if addr.Type == corev1.NodeInternalIP {
+			texts = append(texts, addr.Address)
+		}
+	}
+	return addresses(texts)
+}
+
+func (a *Agent) memberAddresses() []netip.AddrPort {
+	var out []netip.AddrPort
+	for _, n := range sorted(a.snapshot.nodes) {
+		if addrs := internalIPs(n); len(addrs) > 0 {
+			out = append(out, netip.AddrPortFrom(addrs[0], a.Config.MembersPort))
+		}
+	}
+	return out
+}
+
+// candidates is the nodes that may announce: alive, Ready, with a network, and not excluded from load balancers.
+func (a *Agent) candidates() map[string]labels.Set {
+	out := map[string]labels.Set{}
+	var alive []string
+	if a.Members != nil && a.settled {
+		alive = a.Members.Alive()
+	}
+	for _, n := range a.snapshot.nodes {
+		_, excluded := n.Labels[corev1.LabelNodeExcludeBalancers]
+		if excluded || !nodeReady(n) || alive != nil && !slices.Contains(alive, n.Name) || a.Members == nil && n.Name != a.Node {
+			continue
+		}
+		out[n.Name] = n.Labels
+	}
+	return out
+}
+
+func nodeReady(n *corev1.Node) bool {
+	ready := false
+	for _, c := range n.Status.Conditions {
+		switch {
+		case c.Type == corev1.NodeReady:
+			ready = c.Status == corev1.ConditionTrue
+		case c.Type == corev1.NodeNetworkUnavailable && c.Status == corev1.ConditionTrue:
+			return false
+		}
+	}
+	return ready
+}
+
+// updateConfig validates the metallb.io objects. One that is wrong is reported and left out; a pool then stays as it was.
+func (a *Agent) updateConfig(ctx context.Context) {
+	var refused []string
+	report := func(o Object, err error) {
+		if !slices.Contains(a.refused, err.Error()) {
+			a.Log.Warn("configuration refused", "error", err)
+			a.Events.Event(o, corev1.EventTypeWarning, "ConfigurationRefused", err.Error())
+		}
+		refused = append(refused, err.Error())
+	}
+	defer func() { a.refused = refused }()
+	var poolErrs []refusedPool
+	a.network.Pools, poolErrs = a.pools.parse(a.snapshot.pools) // the cluster's loop sends the events about pools
+	for _, r := range poolErrs {
+		refused = append(refused, r.err.Error())
+	}
+	a.network.Layer2 = nil
+	for _, o := range sorted(a.snapshot.layer2) {
+		if adv, err := config.ParseL2Advertisement(o); err != nil {
+			report(o, err)
+		} else {
+			a.network.Layer2 = append(a.network.Layer2, adv)
+		}
+	}
+	a.network.BGP = nil
+	for _, o := range sorted(a.snapshot.bgp) {
+		if adv, err := config.ParseBGPAdvertisement(o); err != nil {
+			report(o, err)
+		} else {
+			a.network.BGP = append(a.network.BGP, adv)
+		}
+	}
+	a.peers = nil
+	for _, o := range sorted(a.snapshot.peers) {
+		peer, err := config.ParsePeer(o)
+		if err == nil && peer.PasswordSecret != "" {
+			if a.Password == nil {
+				err = fmt.Errorf("BGPPeer %s: spec.passwordSecret: %q: there are no Secrets without a cluster, write spec.password", nameOf(o), peer.PasswordSecret)
+			} else {
+				peer.Password, err = a.Password(ctx, peer.PasswordSecret)
+			}
+		}
+		if err != nil {
+			report(o, err)
+			continue
+		}
+		a.peers = append(a.peers, peer)
+	}
+}
+
+// translate brings one Service up to date and returns what has to change in the kernel.
+func (a *Agent) translate(name types.NamespacedName) []ipvs.Operation {
+	owner := name.String()
+	svc := a.snapshot.services[name]
+	if svc == nil {
+		delete(a.services, name)
+		return a.desired.Replace(owner, ipvs.State{})
+	}
+	s := a.services[name]
+	if s == nil {
+		s = &served{scheduler: a.Config.Scheduler}
+		a.services[name] = s
+	}
+	scheduler, problems := SchedulerOf(svc, a.Config.Scheduler, s.scheduler)
+	s.scheduler = scheduler
+	state, more := Translate(svc, a.snapshot.slicesOf(name), a.node, scheduler)
+	problems = append(problems, more...)
+	s.hasReady = hasReadyEndpoint(state)
+	ops := a.desired.Replace(owner, state)
+	for _, c := range a.desired.Conflicts(owner) {
+		problems = append(problems, Problem{"FrontendConflict", fmt.Sprintf("%s is served by Service %s already", c.Frontend, c.Holder)})
+	}
+	for _, p := range problems {
+		if !slices.Contains(s.problems, p) {
+			a.Events.Event(svc, corev1.EventTypeWarning, p.Reason, p.Message)
+			a.Log.Warn("problem with a Service", "service", owner, "reason", p.Reason, "message", p.Message)
+		}
+	}
+	s.problems = problems
+	return ops
+}
+
+// withdraw decides anew what is announced of the Services touched, and takes back at once what no longer is.
+func (a *Agent) withdraw(touched map[types.NamespacedName]struct{}) {
+	for name := range touched {
+		s := a.services[name]
+		if s == nil {
+			continue
+		}
+		s.announced = nil
+		if svc := a.snapshot.services[name]; svc != nil {
+			s.announced = Announce(svc, s.hasReady, a.network)
+		}
+	}
+	wanted := a.wanted()
+	var staying []Announced
+	for _, was := range a.announced {
+		if i := slices.IndexFunc(wanted, func(w Announced) bool { return w.Service == was.Service && w.Address == was.Address }); i >= 0 {
+			staying = append(staying, intersect(was, wanted[i]))
+		}
+	}
+	if !reflect.DeepEqual(staying, a.announced) {
+		a.tell(staying)
+	}
+}
+
+// intersect is what of an announcement stays.
+func intersect(was, wanted Announced) Announced {
+	if was.Owner != wanted.Owner {
+		was.Owner = ""
+	}
+	was.Routes = slices.DeleteFunc(slices.Clone(was.Routes), func(r announcer.Route) bool {
+		return !slices.ContainsFunc(wanted.Routes, func(w announcer.Route) bool { return w.Prefix == r.Prefix })
+	})
+	return was
+}
+
+// wanted is the announcements of all Services, in order.
+func (a *Agent) wanted() []Announced {
+	var all []Announced
+	for _, name := range slices.SortedFunc(maps.Keys(a.services), compareNames) {
+		all = append(all, a.services[name].announced...)
+	}
+	return all
+}
+
+// announce tells the network about every address whose Service the kernel serves.
+func (a *Agent) announce() {
+	broken := map[netip.Addr]bool{}
+	for _, f := range a.failures {
+		if f.Operation.Verb == ipvs.Delete {
+			continue
+		}
+		broken[f.Operation.VirtualServer.Frontend.Addr.Addr()] = true
+		broken[f.Operation.Element.Frontend.Addr.Addr()] = true
+		broken[f.Operation.Element.Prefix.Addr()] = true
+		broken[f.Operation.Route.Addr()] = true
+	}
+	realized := slices.DeleteFunc(a.wanted(), func(w Announced) bool { return broken[w.Address] })
+	a.tell(realized)
+	for _, w := range realized {
+		s := a.services[w.Service]
+		mine := w.Owner == a.Node
+		switch had := slices.Contains(s.reported, w.Address); {
+		case mine && !had:
+			s.reported = append(s.reported, w.Address)
+			a.Events.Event(a.snapshot.services[w.Service], corev1.EventTypeNormal, "nodeAssigned",
+				fmt.Sprintf("announcing %s from node %q with protocol \"layer2\"", w.Address, a.Node))
+		case !mine && had:
+			s.reported = slices.DeleteFunc(s.reported, func(addr netip.Addr) bool { return addr == w.Address })
+		}
+	}
+}
+
+func (a *Agent) tell(all []Announced) {
+	addrs, routes := onTheWire(a.Node, all)
+	a.announced = all
+	a.Layer2.Set(addrs)
+	a.Speaker.Set(a.speakerConfig(routes))
+}
+
+// speakerConfig is the sessions and routes of this node.
+func (a *Agent) speakerConfig(routes []announcer.Route) bgp.Config {
+	c := bgp.Config{Routes: routes, NextHop4: a.node.Address(false), NextHop6: a.node.Address(true)}
+	c.RouterID = c.NextHop4
+	for _, p := range a.peers {
+		if !p.SelectsNode(a.network.ThisNodeLabels) {
+			continue
+		}
+		if p.RouterID.IsValid() {
+			c.RouterID = p.RouterID
+		}
+		c.Peers = append(c.Peers, bgp.Peer{
+			Name: p.Name, MyASN: p.MyASN, PeerASN: p.PeerASN, LocalASN: p.LocalASN,
+			Address: p.Address, Source: p.Source, Port: p.Port,
+			HoldTime: p.HoldTime, KeepaliveTime: p.KeepaliveTime, ConnectTime: p.ConnectTime,
+			Password: p.Password, EBGPMultiHop: p.EBGPMultiHop, GracefulRestart: p.GracefulRestart,
+		})
+	}
+	return c
+}

@@ -1,0 +1,216 @@
+// Package controller is what longshore does with Kubernetes objects: the agent's loop (Services into the kernel,
+// addresses onto the network) and the cluster's loop (addresses out of pools onto Services).
+//
+// It is the only package that knows Kubernetes types. What is decided is decided by pure functions, [Translate],
+// [Announce] and the [Allocator]; the loops own all state in one goroutine each, and everything else, informers,
+// files, members, timers, only pokes them.
+package controller
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/longshore-lb/longshore/config/v1beta1"
+	"github.com/longshore-lb/longshore/config/v1beta2"
+)
+
+// Object is a Kubernetes object of any kind.
+type Object interface {
+	runtime.Object
+	metav1.Object
+}
+
+// Inbox is where objects arrive, from informers or from files, for one loop. Of several changes to one object only
+// the last is kept, so a loop that is busy falls behind by work, never by memory. It is safe for concurrent use.
+type Inbox struct {
+	mu      sync.Mutex
+	pending map[inboxKey]change
+	poke    chan struct{}
+	synced  bool
+}
+
+type inboxKey struct {
+	kind string
+	name types.NamespacedName
+}
+
+type change struct {
+	object  Object
+	deleted bool
+}
+
+// NewInbox returns an empty inbox.
+func NewInbox() *Inbox {
+	return &Inbox{pending: map[inboxKey]change{}, poke: make(chan struct{}, 1)}
+}
+
+// Put adds or replaces an object, which must not be changed afterwards.
+func (b *Inbox) Put(o Object) { b.add(change{object: o}) }
+
+// Remove says that an object is gone; only its kind, namespace and name matter.
+func (b *Inbox) Remove(o Object) { b.add(change{object: o, deleted: true}) }
+
+func (b *Inbox) add(c change) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.pending[inboxKey{fmt.Sprintf("%T", c.object), nameOf(c.object)}] = c
+	b.signal()
+}
+
+// Synced says that all objects there were at the start have arrived. Loops change nothing before that.
+func (b *Inbox) Synced() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.synced = true
+	b.signal()
+}
+
+func (b *Inbox) signal() {
+	select {
+	case b.poke <- struct{}{}:
+	default:
+	}
+}
+
+// take returns what arrived since the last call, nothing before the inbox is synced.
+func (b *Inbox) take() (changes []change, synced bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.synced {
+		return nil, false
+	}
+	changes = slices.Collect(maps.Values(b.pending))
+	clear(b.pending)
+	return changes, true
+}
+
+func nameOf(o metav1.Object) types.NamespacedName {
+	return types.NamespacedName{Namespace: o.GetNamespace(), Name: o.GetName()}
+}
+
+// snapshot is the objects as they arrived last. It belongs to one loop.
+type snapshot struct {
+	services     map[types.NamespacedName]*corev1.Service
+	slices       map[types.NamespacedName]map[string]*discoveryv1.EndpointSlice // by Service, then by name
+	nodes        map[types.NamespacedName]*corev1.Node
+	namespaces   map[types.NamespacedName]*corev1.Namespace
+	serviceCIDRs map[types.NamespacedName]*networkingv1.ServiceCIDR
+	pools        map[types.NamespacedName]*v1beta1.IPAddressPool
+	layer2       map[types.NamespacedName]*v1beta1.L2Advertisement
+	bgp          map[types.NamespacedName]*v1beta1.BGPAdvertisement
+	peers        map[types.NamespacedName]*v1beta2.BGPPeer
+}
+
+func newSnapshot() *snapshot {
+	return &snapshot{
+		services:     map[types.NamespacedName]*corev1.Service{},
+		slices:       map[types.NamespacedName]map[string]*discoveryv1.EndpointSlice{},
+		nodes:        map[types.NamespacedName]*corev1.Node{},
+		namespaces:   map[types.NamespacedName]*corev1.Namespace{},
+		serviceCIDRs: map[types.NamespacedName]*networkingv1.ServiceCIDR{},
+		pools:        map[types.NamespacedName]*v1beta1.IPAddressPool{},
+		layer2:       map[types.NamespacedName]*v1beta1.L2Advertisement{},
+		bgp:          map[types.NamespacedName]*v1beta1.BGPAdvertisement{},
+		peers:        map[types.NamespacedName]*v1beta2.BGPPeer{},
+	}
+}
+
+// touched is what a run of changes concerns.
+type touched struct {
+	services   map[types.NamespacedName]struct{} // Services that changed, or whose endpoints did
+	nodes      bool                              // Nodes, ServiceCIDRs
+	namespaces bool
+	config     bool // objects of group metallb.io
+}
+
+// update takes changes in and tells what they touch.
+func (s *snapshot) update(changes []change) touched {
+	t := touched{services: map[types.NamespacedName]struct{}{}}
+	for _, c := range changes {
+		name := nameOf(c.object)
+		switch o := c.object.(type) {
+		case *corev1.Service:
+			keep(s.services, name, o, c.deleted)
+			t.services[name] = struct{}{}
+		case *discoveryv1.EndpointSlice:
+			t.services[s.updateSlice(o, c.deleted)] = struct{}{}
+		case *corev1.Node:
+			keep(s.nodes, name, o, c.deleted)
+			t.nodes = true
+		case *corev1.Namespace:
+			keep(s.namespaces, name, o, c.deleted)
+			t.namespaces = true
+		case *networkingv1.ServiceCIDR:
+			keep(s.serviceCIDRs, name, o, c.deleted)
+			t.nodes = true
+		case *v1beta1.IPAddressPool:
+			keep(s.pools, name, o, c.deleted)
+			t.config = true
+		case *v1beta1.L2Advertisement:
+			keep(s.layer2, name, o, c.deleted)
+			t.config = true
+		case *v1beta1.BGPAdvertisement:
+			keep(s.bgp, name, o, c.deleted)
+			t.config = true
+		case *v1beta2.BGPPeer:
+			keep(s.peers, name, o, c.deleted)
+			t.config = true
+		}
+	}
+	return t
+}
+
+func keep[T Object](m map[types.NamespacedName]T, name types.NamespacedName, o T, deleted bool) {
+	if deleted {
+		delete(m, name)
+	} else {
+		m[name] = o
+	}
+}
+
+// updateSlice files an EndpointSlice under the Service it names (label kubernetes.io/service-name).
+func (s *snapshot) updateSlice(o *discoveryv1.EndpointSlice, deleted bool) types.NamespacedName {
+	service := types.NamespacedName{Namespace: o.Namespace, Name: o.Labels[discoveryv1.LabelServiceName]}
+	switch {
+	case !deleted:
+		if s.slices[service] == nil {
+			s.slices[service] = map[string]*discoveryv1.EndpointSlice{}
+		}
+		s.slices[service][o.Name] = o
+	default:
+		delete(s.slices[service], o.Name)
+		if len(s.slices[service]) == 0 {
+			delete(s.slices, service)
+		}
+	}
+	return service
+}
+
+// slicesOf is the EndpointSlices of a Service in the order of their names.
+func (s *snapshot) slicesOf(service types.NamespacedName) []*discoveryv1.EndpointSlice {
+	of := s.slices[service]
+	out := make([]*discoveryv1.EndpointSlice, 0, len(of))
+	for _, name := range slices.Sorted(maps.Keys(of)) {
+		out = append(out, of[name])
+	}
+	return out
+}
+
+// sorted is the values of a map in the order of their names.
+func sorted[T any](m map[types.NamespacedName]T) []T {
+	names := slices.SortedFunc(maps.Keys(m), compareNames)
+	out := make([]T, len(names))
+	for i, n := range names {
+		out[i] = m[n]
+	}
+	return out
+}

@@ -1,0 +1,381 @@
+package kernel
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/longshore-lb/longshore/ipvs"
+	"golang.org/x/sys/unix"
+)
+
+// tableName is the name of our nftables table in each family; nothing in a table of that name is anybody else's.
+const tableName = "longshore"
+
+// elementsPerMessage keeps one netlink message below the 64 KiB that an attribute can hold.
+const elementsPerMessage = 500
+
+// filter is our nftables tables: one for each of ip and ip6, and one for arp, which silences the kernel for
+// our VIPs (it answers ARP for every address that a local route covers, on every node).
+//
+// The number of tables, chains and rules is fixed. What changes are elements of sets, in one transaction per
+// call. In the syntax of nft, the table of a family is:
+//
+//	chain input { type filter hook input priority filter
+//		ip daddr . meta l4proto . th dport @frontends accept
+//		ip daddr @vips meta l4proto icmp accept
+//		ip daddr @vips reject
+//		ip daddr @service_cidrs drop
+//	}
+//	chain postrouting { type nat hook postrouting priority srcnat
+//		ip saddr . ip daddr @hairpin masquerade
+//		jump external
+//	}
+//	chain external {
+//		ct original ip daddr . meta l4proto . ct original proto-dst @masquerade ip saddr != @pods masquerade
+//	}
+//
+// The input chain comes before IPVS (LOCAL_IN, priority 98). IPVS does not set the dnat bit of conntrack, but
+// the original tuple tells which frontend a connection came to; for that net.ipv4.vs.conntrack is 1.
+type filter struct {
+	conn     *nftables.Conn
+	families [2]*filterFamily // IPv4, IPv6
+	arp      *nftables.Table
+	arpSets  map[ipvs.Set]*nftables.Set
+}
+
+type filterFamily struct {
+	table *nftables.Table
+	sets  map[ipvs.Set]*nftables.Set
+}
+
+func newFilter() (*filter, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	f := &filter{conn: conn, arpSets: map[ipvs.Set]*nftables.Set{}}
+	for i, family := range [2]nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyIPv6} {
+		f.families[i] = &filterFamily{
+			table: &nftables.Table{Family: family, Name: tableName},
+			sets:  map[ipvs.Set]*nftables.Set{},
+		}
+		for _, set := range sets {
+			f.families[i].sets[set.name] = newSet(f.families[i].table, set.name, set.shape)
+		}
+	}
+	f.arp = &nftables.Table{Family: nftables.TableFamilyARP, Name: tableName}
+	for _, set := range sets {
+		if set.arp {
+			f.arpSets[set.name] = newSet(f.arp, set.name, set.shape)
+		}
+	}
+	return f, nil
+}
+
+// setShape is what the members of a set look like.
+type setShape int
+
+const (
+	frontendShape setShape = iota // address . protocol . port
+	addressShape                  // address
+	prefixShape                   // ranges of addresses
+	pairShape                     // address . address
+)
+
+// sets declares our sets, and which of them the arp table has too.
+var sets = []struct {
+	name  ipvs.Set
+	shape setShape
+	arp   bool
+}{
+	{ipvs.Frontends, frontendShape, false},
+	{ipvs.Masquerade, frontendShape, false},
+	{ipvs.VIPs, addressShape, true},
+	{ipvs.ServiceCIDRs, prefixShape, true},
+	{ipvs.Pods, prefixShape, false},
+	{ipvs.Hairpin, pairShape, false},
+}
+
+func newSet(t *nftables.Table, name ipvs.Set, shape setShape) *nftables.Set {
+	addr := nftables.TypeIPAddr
+	if t.Family == nftables.TableFamilyIPv6 {
+		addr = nftables.TypeIP6Addr
+	}
+	s := &nftables.Set{Table: t, Name: string(name), KeyType: addr}
+	switch shape {
+	case frontendShape:
+		s.KeyType = nftables.MustConcatSetType(addr, nftables.TypeInetProto, nftables.TypeInetService)
+		s.Concatenation = true
+	case pairShape:
+		s.KeyType = nftables.MustConcatSetType(addr, addr)
+		s.Concatenation = true
+	case prefixShape:
+		s.Interval = true
+	}
+	return s
+}
+
+// prepare makes the tables what this version of longshore needs. Elements that are there stay, and rules are
+// replaced in one transaction, so that a restart changes nothing for the traffic.
+func (f *filter) prepare() error {
+	for _, ff := range f.families {
+		f.conn.AddTable(ff.table)
+		for _, set := range sets {
+			if err := f.conn.AddSet(ff.sets[set.name], nil); err != nil {
+				return fmt.Errorf("declare set %s: %w", set.name, err)
+			}
+		}
+	}
+	f.conn.AddTable(f.arp)
+	for name, set := range f.arpSets {
+		if err := f.conn.AddSet(set, nil); err != nil {
+			return fmt.Errorf("declare set %s: %w", name, err)
+		}
+	}
+	if err := f.conn.Flush(); err != nil {
+		return fmt.Errorf("declare nftables tables %q: %w", tableName, err)
+	}
+	for _, ff := range f.families {
+		if err := ff.addMasqueradeChain(f.conn); err != nil {
+			return err
+		}
+		ff.addRules(f.conn)
+	}
+	f.addARPRules()
+	if err := f.conn.Flush(); err != nil {
+		return fmt.Errorf("add the rules of nftables tables %q: %w", tableName, err)
+	}
+	return nil
+}
+
+// addARPRules silences the kernel for requests only: the node's own requests may carry a VIP as sender, and the
+// replies to them must come back to it.
+func (f *filter) addARPRules() {
+	const arpIn = 0 // NF_ARP_IN (include/uapi/linux/netfilter_arp.h); nftables.ChainHookInput is NF_ARP_OUT there
+	input := addChain(f.conn, f.arp, "input", nftables.ChainTypeFilter, nftables.ChainHookRef(arpIn), nftables.ChainPriorityFilter)
+	for _, set := range sets {
+		if !set.arp {
+			continue
+		}
+		f.conn.AddRule(&nftables.Rule{Table: f.arp, Chain: input, Exprs: []expr.Any{
+			&expr.Payload{DestRegister: firstRegister, Base: expr.PayloadBaseNetworkHeader, Offset: 6, Len: 2},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: []byte{0, 1}},
+			&expr.Payload{DestRegister: firstRegister, Base: expr.PayloadBaseNetworkHeader, Offset: 24, Len: 4},
+			&expr.Lookup{SourceRegister: firstRegister, SetName: string(set.name), SetID: f.arpSets[set.name].ID},
+			&expr.Verdict{Kind: expr.VerdictDrop},
+		}})
+	}
+}
+
+// addChain declares a chain and empties it of the rules of an earlier run.
+func addChain(conn *nftables.Conn, t *nftables.Table, name string, kind nftables.ChainType, hook *nftables.ChainHook, priority *nftables.ChainPriority) *nftables.Chain {
+	c := conn.AddChain(&nftables.Chain{Table: t, Name: name, Type: kind, Hooknum: hook, Priority: priority})
+	conn.FlushChain(c)
+	return c
+}
+
+// firstRegister is NFT_REG32_00, the first of the sixteen registers of four bytes each
+// (include/uapi/linux/netfilter/nf_tables.h); a key of several fields lies in consecutive ones.
+const firstRegister = 8
+
+// layout is where things are in a packet and in registers, for one family.
+type layout struct {
+	sourceOffset, destinationOffset, size uint32
+	next                                  uint32 // the register after an address
+	icmp                                  byte
+	portUnreachable                       uint8 // code of the ICMP message (RFC 792, RFC 4443)
+}
+
+func (ff *filterFamily) ipv6() bool { return ff.table.Family == nftables.TableFamilyIPv6 }
+
+func (ff *filterFamily) layout() layout {
+	if ff.ipv6() {
+		return layout{8, 24, 16, firstRegister + 4, unix.IPPROTO_ICMPV6, 4}
+	}
+	return layout{12, 16, 4, firstRegister + 1, unix.IPPROTO_ICMP, 3}
+}
+
+func (l layout) source() *expr.Payload { return l.address(firstRegister, l.sourceOffset) }
+
+func (l layout) destination(register uint32) *expr.Payload {
+	return l.address(register, l.destinationOffset)
+}
+
+func (l layout) address(register, offset uint32) *expr.Payload {
+	return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: l.size}
+}
+
+func (ff *filterFamily) lookup(set ipvs.Set, invert bool) *expr.Lookup {
+	return &expr.Lookup{SourceRegister: firstRegister, SetName: string(set), SetID: ff.sets[set].ID, Invert: invert}
+}
+
+func (ff *filterFamily) addRules(conn *nftables.Conn) {
+	ip := ff.layout()
+	input := addChain(conn, ff.table, "input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter)
+	postrouting := addChain(conn, ff.table, "postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
+	rule := func(chain *nftables.Chain, exprs ...expr.Any) {
+		conn.AddRule(&nftables.Rule{Table: ff.table, Chain: chain, Exprs: exprs})
+	}
+	toVIP := []expr.Any{ip.destination(firstRegister), ff.lookup(ipvs.VIPs, false)}
+
+	rule(input, ip.destination(firstRegister),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: ip.next},
+		&expr.Payload{DestRegister: ip.next + 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		ff.lookup(ipvs.Frontends, false), &expr.Verdict{Kind: expr.VerdictAccept})
+	rule(input, append(toVIP,
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: firstRegister},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: []byte{ip.icmp}},
+		&expr.Verdict{Kind: expr.VerdictAccept})...)
+	rule(input, append(toVIP, &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: ip.portUnreachable})...)
+	rule(input, ip.destination(firstRegister), ff.lookup(ipvs.ServiceCIDRs, false), &expr.Verdict{Kind: expr.VerdictDrop})
+
+	rule(postrouting, ip.source(), ip.destination(ip.next), ff.lookup(ipvs.Hairpin, false), &expr.Masq{})
+	rule(postrouting, &expr.Verdict{Kind: expr.VerdictJump, Chain: externalChain})
+}
+
+// observe reads the elements of our sets.
+func (f *filter) observe(s *ipvs.State) error {
+	for _, ff := range f.families {
+		for _, set := range sets {
+			elements, err := f.conn.GetSetElements(ff.sets[set.name])
+			if err != nil {
+				return fmt.Errorf("list nftables set %s: %w", set.name, err)
+			}
+			if err := decodeElements(s, set.name, set.shape, elements, ff.ipv6()); err != nil {
+				return fmt.Errorf("list nftables set %s: %w", set.name, err)
+			}
+		}
+	}
+	return nil
+}
+
+// apply adds or deletes the elements of operations, all or none.
+func (f *filter) apply(ops []ipvs.Operation) error {
+	type target struct {
+		set  *nftables.Set
+		verb ipvs.Verb
+	}
+	var order []target // deterministic: as the operations came
+	changes := map[target][]nftables.SetElement{}
+	change := func(set *nftables.Set, verb ipvs.Verb, e ipvs.Element) {
+		if set == nil {
+			return
+		}
+		t := target{set, verb}
+		if _, ok := changes[t]; !ok {
+			order = append(order, t)
+		}
+		changes[t] = append(changes[t], encodeElement(e)...)
+	}
+	for _, o := range ops {
+		family := 0
+		if o.Element.IPv6() {
+			family = 1
+		} else {
+			change(f.arpSets[o.Element.Set], o.Verb, o.Element)
+		}
+		change(f.families[family].sets[o.Element.Set], o.Verb, o.Element)
+	}
+	for _, t := range order {
+		update := f.conn.SetAddElements
+		if t.verb == ipvs.Delete {
+			update = f.conn.SetDeleteElements
+		}
+		for elements := changes[t]; len(elements) > 0; {
+			n := min(len(elements), elementsPerMessage)
+			if err := update(t.set, elements[:n]); err != nil {
+				return fmt.Errorf("change nftables set %s: %w", t.set.Name, err)
+			}
+			elements = elements[n:]
+		}
+	}
+	if err := f.conn.Flush(); err != nil {
+		return fmt.Errorf("change nftables sets: %w", err)
+	}
+	return nil
+}
+
+// encodeElement is the key, or for a range the two ends, of an element. Fields of a key fill four bytes or a multiple.
+func encodeElement(e ipvs.Element) []nftables.SetElement {
+	switch {
+	case !e.Prefix.IsValid():
+		key := e.Frontend.Addr.Addr().AsSlice()
+		key = append(key, byte(e.Frontend.Protocol), 0, 0, 0)
+		key = binary.BigEndian.AppendUint16(key, e.Frontend.Addr.Port())
+		return []nftables.SetElement{{Key: append(key, 0, 0)}}
+	case e.Set == ipvs.Hairpin:
+		addr := e.Prefix.Addr().AsSlice()
+		return []nftables.SetElement{{Key: append(addr, addr...)}}
+	case e.Set == ipvs.VIPs:
+		return []nftables.SetElement{{Key: e.Prefix.Addr().AsSlice()}}
+	}
+	start := []nftables.SetElement{{Key: e.Prefix.Addr().AsSlice()}}
+	if after := lastAddr(e.Prefix).Next(); after.IsValid() {
+		return append(start, nftables.SetElement{Key: after.AsSlice(), IntervalEnd: true})
+	}
+	return start // the range reaches the end of the address space
+}
+
+// lastAddr is the highest address of a prefix.
+func lastAddr(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+func decodeElements(s *ipvs.State, name ipvs.Set, shape setShape, elements []nftables.SetElement, v6 bool) error {
+	size := 4
+	if v6 {
+		size = 16
+	}
+	var starts, ends []netip.Addr
+	for _, e := range elements {
+		if len(e.Key) < size {
+			return fmt.Errorf("key of %d bytes", len(e.Key))
+		}
+		addr, _ := netip.AddrFromSlice(e.Key[:size])
+		switch shape {
+		case frontendShape:
+			if len(e.Key) < size+8 {
+				return fmt.Errorf("key of %d bytes", len(e.Key))
+			}
+			p := binary.BigEndian.Uint16(e.Key[size+4:])
+			s.AddFrontend(name, ipvs.At(ipvs.Protocol(e.Key[size]), netip.AddrPortFrom(addr, p)))
+		case addressShape, pairShape:
+			s.AddPrefix(name, netip.PrefixFrom(addr, addr.BitLen()))
+		case prefixShape:
+			if e.IntervalEnd {
+				ends = append(ends, addr)
+			} else {
+				starts = append(starts, addr)
+			}
+		}
+	}
+	for _, start := range starts {
+		s.AddPrefix(name, prefixBetween(start, ends))
+	}
+	return nil
+}
+
+// prefixBetween is the prefix from start to the next of the ends (exclusive).
+func prefixBetween(start netip.Addr, ends []netip.Addr) netip.Prefix {
+	var end netip.Addr
+	for _, e := range ends {
+		if start.Less(e) && (!end.IsValid() || e.Less(end)) {
+			end = e
+		}
+	}
+	for bits := start.BitLen(); bits > 0; bits-- {
+		p := netip.PrefixFrom(start, bits)
+		if p.Masked().Addr() == start && lastAddr(p).Next() == end {
+			return p
+		}
+	}
+	return netip.PrefixFrom(start, 0)
+}

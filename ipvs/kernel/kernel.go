@@ -1,0 +1,264 @@
+// Package kernel is the only code that touches the kernel's data plane: IPVS by generic netlink, the filter
+// by nftables, local routes by rtnetlink, and the sysctls they need. Everything happens in the network
+// namespace the process was started in, and no program is run for it.
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/longshore-lb/longshore/ipvs"
+	"github.com/u-root/u-root/pkg/kmodule"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Kernel is the data plane of one network namespace. It is safe for concurrent use.
+type Kernel struct {
+	log      *slog.Logger
+	mu       sync.Mutex
+	genl     *genl
+	filter   *filter
+	routes   *netlink.Handle
+	loopback int
+
+	schedulers map[string]bool // those whose module was asked for
+}
+
+// Open connects to the kernel and loads what IPVS needs if it may. It changes nothing else, so it serves
+// readers too. Its errors say what is missing and how to get it: root, the module ip_vs.
+func Open(log *slog.Logger) (*Kernel, error) {
+	if os.Geteuid() != 0 {
+		return nil, fmt.Errorf("reading and writing IPVS needs root (CAP_NET_ADMIN); the user id is %d", os.Geteuid())
+	}
+	g, err := openGenl()
+	if err != nil {
+		if loadErr := loadModule("ip_vs"); loadErr != nil {
+			return nil, fmt.Errorf("the kernel %s has no IPVS, and its module ip_vs cannot be loaded (%w): "+
+				"load it on the host with `modprobe ip_vs`, and keep it with a file in /etc/modules-load.d; "+
+				"on Debian it is in the package linux-image-amd64", release(), loadErr)
+		}
+		if g, err = openGenl(); err != nil {
+			return nil, fmt.Errorf("module ip_vs was loaded, but: %w", err)
+		}
+	}
+	k := &Kernel{log: log, genl: g, schedulers: map[string]bool{}}
+	if k.routes, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return nil, fmt.Errorf("open rtnetlink: %w", err)
+	}
+	lo, err := k.routes.LinkByName("lo")
+	if err != nil {
+		return nil, fmt.Errorf("find interface lo: %w", err)
+	}
+	k.loopback = lo.Attrs().Index
+	if k.filter, err = newFilter(); err != nil {
+		return nil, err
+	}
+	return k, nil
+}
+
+// Close lets go of the sockets; what was programmed stays.
+func (k *Kernel) Close() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.routes.Close()
+	return k.genl.close()
+}
+
+// release is the kernel's version, as uname -r prints it.
+func release() string {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return runtime.GOOS
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}
+
+// loadModule loads a module and those it depends on by system call (finit_module), from /lib/modules.
+func loadModule(name string) error {
+	if _, err := os.Stat("/sys/module/" + name); err == nil {
+		return nil // there already
+	}
+	if err := kmodule.Probe(name, ""); err != nil {
+		return fmt.Errorf("load module %s: %w", name, err)
+	}
+	return nil
+}
+
+// Prepare sets up what all Services share: sysctls and nftables tables. What an earlier run left stays as it is.
+func (k *Kernel) Prepare() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, name := range []string{"nf_tables", "nf_conntrack", "nft_ct", "nft_masq", "nft_reject_ipv4", "nft_reject_ipv6"} {
+		// The kernel may have them built in, loaded, or load them itself; where it cannot, the next step says what fails.
+		if err := loadModule(name); err != nil {
+			k.log.Debug("module not loaded", "module", name, "error", err)
+		}
+	}
+	if err := setSysctls(); err != nil {
+		return err
+	}
+	return k.filter.prepare()
+}
+
+// Observe reads what is ours in the kernel.
+func (k *Kernel) Observe() (ipvs.State, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var s ipvs.State
+	if err := k.filter.observe(&s); err != nil {
+		return s, err
+	}
+	if err := k.observeRoutes(&s); err != nil {
+		return s, err
+	}
+	t, err := k.table()
+	if err != nil {
+		return s, err
+	}
+	for _, v := range t.Services {
+		if _, ours := s.Elements[ipvs.Element{Set: ipvs.Frontends, Frontend: v.VirtualServer.Frontend}]; !ours {
+			continue
+		}
+		s.AddVirtualServer(v.VirtualServer)
+		for _, r := range v.RealServers {
+			s.AddVirtualServer(v.VirtualServer, r.RealServer)
+		}
+	}
+	return s, nil
+}
+
+// ErrForeign says that a virtual server is there already and is somebody else's. It was left alone.
+var ErrForeign = errors.New("a virtual server that is not longshore's is there already")
+
+// Apply does the operations in their order and returns those that failed; the others are done. Elements of
+// sets go in one transaction for a run of them, virtual and real servers in batches.
+func (k *Kernel) Apply(ops []ipvs.Operation) []ipvs.Failure {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var failed []ipvs.Failure
+	absent := map[ipvs.Frontend]error{} // virtual servers that could not be added
+	for len(ops) > 0 {
+		n := 1
+		for n < len(ops) && ops[n].Kind == ops[0].Kind {
+			n++
+		}
+		run := ops[:n]
+		ops = ops[n:]
+		var errs []error
+		switch run[0].Kind {
+		case ipvs.KindElement:
+			errs = slices.Repeat([]error{k.filter.apply(run)}, n)
+		case ipvs.KindRoute:
+			for _, o := range run {
+				errs = append(errs, k.applyRoute(o))
+			}
+		default:
+			errs = k.applyServers(run, absent)
+		}
+		for i, err := range errs {
+			if err = settled(run[i], err); err == nil {
+				continue
+			}
+			failed = append(failed, ipvs.Failure{Operation: run[i], Err: fmt.Errorf("%s: %w", run[i], err)})
+			if run[i].Kind == ipvs.KindVirtualServer && run[i].Verb == ipvs.Add {
+				absent[run[i].VirtualServer.Frontend] = err
+			}
+		}
+	}
+	k.disown(failed)
+	return failed
+}
+
+// applyServers does operations on virtual or on real servers. A real server whose virtual server is absent
+// is not sent: the kernel would put it into whosever virtual server is there.
+func (k *Kernel) applyServers(run []ipvs.Operation, absent map[ipvs.Frontend]error) []error {
+	errs := make([]error, len(run))
+	var messages []message
+	var sent []int
+	for i, o := range run {
+		if err := absent[o.VirtualServer.Frontend]; err != nil {
+			errs[i] = fmt.Errorf("virtual server %s: %w", o.VirtualServer.Frontend, err)
+			continue
+		}
+		messages, sent = append(messages, encodeOperation(o)), append(sent, i)
+		if name := o.VirtualServer.Scheduler; o.Kind == ipvs.KindVirtualServer && o.Verb != ipvs.Delete && !k.schedulers[name] {
+			k.schedulers[name] = true
+			if err := loadModule("ip_vs_" + name); err != nil {
+				k.log.Debug("module not loaded", "module", "ip_vs_"+name, "error", err)
+			}
+		}
+	}
+	for i, err := range k.genl.write(messages) {
+		errs[sent[i]] = err
+	}
+	return errs
+}
+
+// settled turns the kernel's errno into what it means for an operation. What is gone already needs no deletion.
+func settled(o ipvs.Operation, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case o.Verb == ipvs.Delete && (errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT)):
+		return nil
+	case o.Kind == ipvs.KindVirtualServer && o.Verb == ipvs.Add && errors.Is(err, unix.EEXIST):
+		return ErrForeign
+	case o.Kind == ipvs.KindVirtualServer && o.Verb != ipvs.Delete && errors.Is(err, unix.ENOENT):
+		return fmt.Errorf("the kernel has no scheduler %q: load its module ip_vs_%s", o.VirtualServer.Scheduler, o.VirtualServer.Scheduler)
+	}
+	return err
+}
+
+// disown takes the mark of ownership off frontends whose virtual server turned out to be somebody else's.
+func (k *Kernel) disown(failed []ipvs.Failure) {
+	var ops []ipvs.Operation
+	for _, f := range failed {
+		if f.Operation.Kind == ipvs.KindVirtualServer && errors.Is(f.Err, ErrForeign) {
+			ops = append(ops, ipvs.Operation{Verb: ipvs.Delete, Kind: ipvs.KindElement,
+				Element: ipvs.Element{Set: ipvs.Frontends, Frontend: f.Operation.VirtualServer.Frontend}})
+		}
+	}
+	if len(ops) == 0 {
+		return
+	}
+	if err := k.filter.apply(ops); err != nil {
+		k.log.Error("cannot disown frontends of others", "error", err)
+	}
+}
+
+// sysctls are what the data plane needs, each for a reason.
+var sysctls = []struct{ name, value string }{
+	{"net.ipv4.vs.conntrack", "1"},          // masquerade matches the original tuple of IPVS connections
+	{"net.ipv4.vs.expire_nodest_conn", "1"}, // connections of a removed real server end at their next packet
+	{"net.ipv4.vs.expire_quiescent_template", "1"},
+	{"net.ipv4.ip_forward", "1"},
+	{"net.ipv6.conf.all.forwarding", "1"},
+	{"net.ipv4.conf.all.arp_announce", "2"}, // a VIP must never be the sender of the node's own ARP requests
+}
+
+func setSysctls() error {
+	for _, s := range sysctls {
+		path := "/proc/sys/" + strings.ReplaceAll(s.name, ".", "/")
+		have, err := os.ReadFile(path)
+		if errors.Is(err, os.ErrNotExist) && strings.HasPrefix(s.name, "net.ipv6.") {
+			continue // a kernel without IPv6
+		}
+		if err != nil {
+			return fmt.Errorf("read sysctl %s: %w", s.name, err)
+		}
+		if strings.TrimSpace(string(have)) == s.value {
+			continue
+		}
+		if err := os.WriteFile(path, []byte(s.value), 0o644); err != nil {
+			return fmt.Errorf("set sysctl %s = %s: %w", s.name, s.value, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,287 @@
+package kernel
+
+import (
+	"errors"
+	"log/slog"
+	"net/netip"
+	"os/exec"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/longshore-lb/longshore/ipvs"
+	moby "github.com/moby/ipvs"
+	"github.com/vishvananda/netns"
+)
+
+// open gives a Kernel in a network namespace of the test's own.
+func open(t *testing.T) *Kernel {
+	t.Helper()
+	runtime.LockOSThread() // never unlocked: the thread ends with the test's goroutine
+	ns, err := netns.New()
+	if err != nil {
+		t.Fatalf("make a network namespace (the test needs root): %v", err)
+	}
+	t.Cleanup(func() { _ = ns.Close() })
+	run(t, "ip", "link", "set", "lo", "up")
+	k, err := Open(slog.New(slog.NewTextHandler(t.Output(), nil)))
+	if err != nil {
+		t.Fatalf("%v\nRun the test with `make test`, which finds a kernel with IPVS.", err)
+	}
+	t.Cleanup(func() { _ = k.Close() })
+	if err := k.Prepare(); err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+func frontend(p ipvs.Protocol, addr string) ipvs.Frontend {
+	return ipvs.At(p, netip.MustParseAddrPort(addr))
+}
+
+func real(addr string, weight int32) ipvs.RealServer {
+	return ipvs.RealServer{Addr: netip.MustParseAddrPort(addr), Weight: weight}
+}
+
+// example has something of everything.
+func example() ipvs.State {
+	var s ipvs.State
+	for _, v := range []struct {
+		server ipvs.VirtualServer
+		reals  []ipvs.RealServer
+	}{
+		{ipvs.VirtualServer{Frontend: frontend(ipvs.TCP, "10.96.0.1:443"), Scheduler: "rr"}, []ipvs.RealServer{real("172.31.0.5:6443", 1)}},
+		{ipvs.VirtualServer{Frontend: frontend(ipvs.UDP, "10.96.0.10:53"), Scheduler: "wlc", Persistence: 10800}, []ipvs.RealServer{real("10.244.1.2:5353", 1), real("10.244.2.2:5353", 65535)}},
+		{ipvs.VirtualServer{Frontend: frontend(ipvs.SCTP, "10.96.0.11:9"), Scheduler: "lc"}, nil},
+		{ipvs.VirtualServer{Frontend: frontend(ipvs.TCP, "[fd96::1]:443"), Scheduler: "mh", Flags: ipvs.SchedFlag1 | ipvs.SchedFlag2}, []ipvs.RealServer{real("[fd44::2]:6443", 0)}},
+		{ipvs.VirtualServer{Frontend: frontend(ipvs.TCP, "192.0.2.1:80"), Scheduler: "sh", Persistence: 60, Netmask: 24}, []ipvs.RealServer{{Addr: netip.MustParseAddrPort("10.244.1.3:80"), Weight: 7, Upper: 100, Lower: 50}}},
+	} {
+		s.AddVirtualServer(v.server, v.reals...)
+		s.AddFrontend(ipvs.Frontends, v.server.Frontend)
+	}
+	s.AddFrontend(ipvs.Masquerade, frontend(ipvs.TCP, "192.0.2.1:80"))
+	for _, p := range []string{"10.96.0.1/32", "10.96.0.10/32", "fd96::1/128", "192.0.2.1/32"} {
+		s.AddPrefix(ipvs.VIPs, netip.MustParsePrefix(p))
+	}
+	for _, p := range []string{"10.96.0.0/16", "fd96::/112"} {
+		s.AddPrefix(ipvs.ServiceCIDRs, netip.MustParsePrefix(p))
+	}
+	s.AddPrefix(ipvs.Pods, netip.MustParsePrefix("10.244.1.0/24"))
+	s.AddPrefix(ipvs.Pods, netip.MustParsePrefix("fd44:0:0:1::/64"))
+	s.AddPrefix(ipvs.Hairpin, netip.MustParsePrefix("10.244.1.3/32"))
+	s.AddPrefix(ipvs.Hairpin, netip.MustParsePrefix("fd44::2/128"))
+	s.AddRoute(netip.MustParsePrefix("10.96.0.0/16"), netip.MustParseAddr("127.0.0.1"))
+	s.AddRoute(netip.MustParsePrefix("192.0.2.1/32"), netip.Addr{})
+	s.AddRoute(netip.MustParsePrefix("fd96::/112"), netip.Addr{})
+	return s
+}
+
+func observe(t *testing.T, k *Kernel) ipvs.State {
+	t.Helper()
+	s, err := k.Observe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func apply(t *testing.T, k *Kernel, ops []ipvs.Operation) {
+	t.Helper()
+	for _, f := range k.Apply(ops) {
+		t.Error(f.Err)
+	}
+}
+
+var equal = cmp.Options{
+	cmpopts.EquateEmpty(),
+	cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
+	cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
+	cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b }),
+}
+
+func TestApplyThenObserve(t *testing.T) {
+	k := open(t)
+	want := example()
+	apply(t, k, ipvs.Diff(observe(t, k), want))
+	if diff := cmp.Diff(want, observe(t, k), equal); diff != "" {
+		t.Errorf("observed differs from applied (-want +got):\n%s", diff)
+	}
+
+	// A second Prepare, as at a restart, changes nothing.
+	if err := k.Prepare(); err != nil {
+		t.Fatal(err)
+	}
+	if ops := ipvs.Diff(observe(t, k), want); len(ops) > 0 {
+		t.Errorf("after a restart: operations %v, want none", ops)
+	}
+
+	changed := example()
+	https := frontend(ipvs.TCP, "10.96.0.1:443")
+	changed.AddVirtualServer(ipvs.VirtualServer{Frontend: https, Scheduler: "wrr"}, real("172.31.0.5:6443", 3), real("172.31.0.6:6443", 1))
+	delete(changed.VirtualServers, frontend(ipvs.SCTP, "10.96.0.11:9"))
+	delete(changed.RealServers, frontend(ipvs.SCTP, "10.96.0.11:9"))
+	delete(changed.Elements, ipvs.Element{Set: ipvs.Frontends, Frontend: frontend(ipvs.SCTP, "10.96.0.11:9")})
+	changed.AddRoute(netip.MustParsePrefix("10.96.0.0/16"), netip.Addr{})
+	apply(t, k, ipvs.Diff(want, changed))
+	if diff := cmp.Diff(changed, observe(t, k), equal); diff != "" {
+		t.Errorf("after a change (-want +got):\n%s", diff)
+	}
+
+	apply(t, k, ipvs.Diff(changed, ipvs.State{}))
+	if diff := cmp.Diff(ipvs.State{}, observe(t, k), equal); diff != "" {
+		t.Errorf("after all was deleted (-want +got):\n%s", diff)
+	}
+}
+
+// TestIndependentReaders lets programs that are not ours read what we wrote.
+func TestIndependentReaders(t *testing.T) {
+	k := open(t)
+	want := example()
+	apply(t, k, ipvs.Diff(ipvs.State{}, want))
+
+	h, err := moby.New("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	services, err := h.GetServices()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(services) != len(want.VirtualServers) {
+		t.Errorf("moby/ipvs sees %d virtual servers, want %d", len(services), len(want.VirtualServers))
+	}
+	for _, s := range services {
+		addr, _ := netip.AddrFromSlice(s.Address)
+		f := ipvs.At(ipvs.Protocol(s.Protocol), netip.AddrPortFrom(addr.Unmap(), s.Port))
+		v, ok := want.VirtualServers[f]
+		if !ok {
+			t.Errorf("moby/ipvs sees %s, which was not asked for", f)
+			continue
+		}
+		if s.SchedName != v.Scheduler || s.Timeout != v.Persistence {
+			t.Errorf("moby/ipvs sees %s with scheduler %s timeout %d, want %s and %d", f, s.SchedName, s.Timeout, v.Scheduler, v.Persistence)
+		}
+		reals, err := h.GetDestinations(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range reals {
+			addr, _ := netip.AddrFromSlice(d.Address)
+			r := want.RealServers[f][netip.AddrPortFrom(addr.Unmap(), d.Port)]
+			if d.Weight != int(r.Weight) || d.UpperThreshold != r.Upper || d.LowerThreshold != r.Lower {
+				t.Errorf("moby/ipvs sees real server %+v of %s, want %+v", d, f, r)
+			}
+		}
+		if len(reals) != len(want.RealServers[f]) {
+			t.Errorf("moby/ipvs sees %d real servers of %s, want %d", len(reals), f, len(want.RealServers[f]))
+		}
+	}
+
+	table, err := k.Table()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ours strings.Builder
+	if err := ipvs.List(&ours, table, ipvs.ListOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(run(t, "ipvsadm", "-Ln"), ours.String()); diff != "" {
+		t.Errorf("ipvsadm -Ln prints something else (-ipvsadm +ours):\n%s", diff)
+	}
+
+	ruleset := run(t, "nft", "-s", "list", "ruleset")
+	t.Logf("%s", ruleset)
+	if _, arp, _ := strings.Cut(ruleset, "table arp longshore"); !strings.Contains(arp, "hook input") {
+		t.Errorf("the arp chain is not at hook input:\n%s", arp)
+	}
+	for _, line := range []string{
+		"ip daddr . meta l4proto . th dport @frontends accept",
+		"ip daddr @vips meta l4proto icmp accept",
+		"ip daddr @vips reject",
+		"ip daddr @service_cidrs drop",
+		"ip saddr . ip daddr @hairpin masquerade",
+		"ip6 daddr . meta l4proto . th dport @frontends accept",
+		"ip6 saddr . ip6 daddr @hairpin masquerade",
+		"arp operation request arp daddr ip @vips drop",
+		"10.244.1.3 . 10.244.1.3",
+		"ct original ip daddr . meta l4proto . ct original proto-dst @masquerade ip saddr != @pods masquerade",
+		"ct original ip6 daddr . meta l4proto . ct original proto-dst @masquerade ip6 saddr != @pods masquerade",
+		"192.0.2.1 . tcp . 80",
+	} {
+		if !strings.Contains(ruleset, line) {
+			t.Errorf("nft list ruleset has no %q", line)
+		}
+	}
+}
+
+// TestOthersAreLeftAlone: what is not marked as ours is neither observed, changed nor added to.
+func TestOthersAreLeftAlone(t *testing.T) {
+	k := open(t)
+	for _, args := range []string{"-A -t 192.0.2.9:80 -s sh", "-a -t 192.0.2.9:80 -r 10.0.0.9:80 -m -w 5"} {
+		run(t, "ipvsadm", strings.Fields(args)...)
+	}
+	before := run(t, "ipvsadm", "-Sn")
+	if got := observe(t, k); len(got.VirtualServers) != 0 {
+		t.Errorf("observed as ours: %v", got.VirtualServers)
+	}
+
+	var want ipvs.State
+	theirs := frontend(ipvs.TCP, "192.0.2.9:80")
+	want.AddVirtualServer(ipvs.VirtualServer{Frontend: theirs, Scheduler: "rr"}, real("10.244.1.2:80", 1))
+	want.AddFrontend(ipvs.Frontends, theirs)
+	failed := k.Apply(ipvs.Diff(ipvs.State{}, want))
+	if len(failed) != 2 || !errors.Is(failed[0].Err, ErrForeign) || !errors.Is(failed[1].Err, ErrForeign) {
+		t.Errorf("failures %v, want the virtual server and its real server, both for ErrForeign", failed)
+	}
+	if diff := cmp.Diff(before, run(t, "ipvsadm", "-Sn")); diff != "" {
+		t.Errorf("somebody else's virtual server was touched:\n%s", diff)
+	}
+	if got := observe(t, k); len(got.VirtualServers) != 0 {
+		t.Errorf("after the clash, observed as ours: %v", got.VirtualServers)
+	}
+}
+
+func TestUnknownScheduler(t *testing.T) {
+	k := open(t)
+	var want ipvs.State
+	f, g := frontend(ipvs.TCP, "192.0.2.1:80"), frontend(ipvs.TCP, "192.0.2.2:80")
+	want.AddVirtualServer(ipvs.VirtualServer{Frontend: f, Scheduler: "nosuch"}, real("10.244.1.2:80", 1))
+	want.AddVirtualServer(ipvs.VirtualServer{Frontend: g, Scheduler: "rr"}, real("10.244.1.2:80", 1))
+	failed := k.Apply(ipvs.Diff(ipvs.State{}, want))
+	if len(failed) != 2 || !strings.Contains(failed[0].Err.Error(), `no scheduler "nosuch"`) {
+		t.Errorf("failures %v, want two that name the scheduler", failed)
+	}
+	table, err := k.Table()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(table.Services) != 1 || table.Services[0].Frontend != g {
+		t.Errorf("the kernel holds %+v, want only %s", table.Services, g)
+	}
+}
+
+func TestPrefixesSurviveTheirEncoding(t *testing.T) {
+	for _, text := range []string{"10.96.0.0/12", "0.0.0.0/0", "255.255.255.0/24", "10.0.0.1/32", "fd00::/8", "ffff::/16", "::/0"} {
+		p := netip.MustParsePrefix(text)
+		var s ipvs.State
+		err := decodeElements(&s, ipvs.Pods, prefixShape, encodeElement(ipvs.Element{Set: ipvs.Pods, Prefix: p}), p.Addr().Is6())
+		if err != nil {
+			t.Errorf("%s: %v", p, err)
+		}
+		if _, ok := s.Elements[ipvs.Element{Set: ipvs.Pods, Prefix: p}]; !ok {
+			t.Errorf("%s came back as %v", p, s.Elements)
+		}
+	}
+}
