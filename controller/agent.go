@@ -468,14 +468,17 @@ func (a *Agent) tell(all []Announced) {
 	a.Speaker.Set(a.speakerConfig(routes))
 }
 
-// speakerConfig is the sessions and routes of this node.
+// speakerConfig is the sessions and routes of this node. A peer gets routes of the family of its own address, and of the
+// other one only if it asks for both.
 func (a *Agent) speakerConfig(routes []announcer.Route) bgp.Config {
-	c := bgp.Config{Routes: routes, NextHop4: a.node.Address(false), NextHop6: a.node.Address(true)}
+	c := bgp.Config{NextHop4: a.node.Address(false), NextHop6: a.node.Address(true)}
 	c.RouterID = c.NextHop4
+	var peers []config.Peer
 	for _, p := range a.peers {
 		if !p.SelectsNode(a.network.ThisNodeLabels) {
 			continue
 		}
+		peers = append(peers, p)
 		if p.RouterID.IsValid() {
 			c.RouterID = p.RouterID
 		}
@@ -485,6 +488,19 @@ func (a *Agent) speakerConfig(routes []announcer.Route) bgp.Config {
 			HoldTime: p.HoldTime, KeepaliveTime: p.KeepaliveTime, ConnectTime: p.ConnectTime,
 			Password: p.Password, EBGPMultiHop: p.EBGPMultiHop, GracefulRestart: p.GracefulRestart,
 		})
+	}
+	for _, r := range routes {
+		var names []string
+		for _, p := range peers {
+			wanted := len(r.Peers) == 0 || slices.Contains(r.Peers, p.Name)
+			if wanted && (p.DualStack || p.Address.Is6() == r.Prefix.Addr().Is6()) {
+				names = append(names, p.Name)
+			}
+		}
+		if len(names) > 0 {
+			r.Peers = names
+			c.Routes = append(c.Routes, r)
+		}
 	}
 	return c
 }

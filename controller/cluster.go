@@ -184,11 +184,8 @@ func (c *Cluster) adopt(svc *corev1.Service) {
 	if len(addrs) == 0 {
 		return
 	}
-	r, err := c.request(svc)
-	if err == nil {
-		err = c.alloc.Adopt(r, addrs)
-	}
-	if err != nil {
+	r, _ := c.request(svc) // a request that cannot be understood still says who it is; settle reports it
+	if err := c.alloc.Adopt(r, addrs); err != nil {
 		c.Log.Warn("a Service's address cannot be kept", "error", err)
 	}
 }

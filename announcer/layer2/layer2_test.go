@@ -482,25 +482,25 @@ func TestRefresh(t *testing.T) {
 	}
 }
 
-// TestBurst holds what a takeover looks like to another program: five times each form, in well-formed frames.
-func TestBurst(t *testing.T) {
-	network := newNetwork(t)
-	client, machine := network.machine("client", 1), network.machine("node", 2)
-	capture := exec.Command("ip", "netns", "exec", client.name, "tcpdump", "-l", "-n", "-e", "-vv", "-i", "eth0", "ether src "+mac(2))
-	out, err := capture.StdoutPipe()
+// capture starts tcpdump on eth0.
+func (ns namespace) capture(filter string) capture {
+	t := ns.t
+	t.Helper()
+	cmd := exec.Command("ip", "netns", "exec", ns.name, "tcpdump", "-l", "-n", "-e", "-vv", "-i", "eth0", filter)
+	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	messages, err := capture.StderrPipe()
+	messages, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := capture.Start(); err != nil {
+	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		capture.Process.Kill()
-		capture.Wait()
+		cmd.Process.Kill()
+		cmd.Wait()
 	})
 	for in := bufio.NewScanner(messages); in.Scan() && !strings.Contains(in.Text(), "listening on"); {
 	}
@@ -511,6 +511,37 @@ func TestBurst(t *testing.T) {
 		}
 		close(lines)
 	}()
+	return lines
+}
+
+// capture is what tcpdump prints, line by line.
+type capture <-chan string
+
+// contain waits until each text has occurred exactly so often.
+func (c capture) contain(t *testing.T, want map[string]int) {
+	t.Helper()
+	got := map[string]int{}
+	deadline := time.After(patience)
+	for !cmp.Equal(want, got) {
+		select {
+		case line, ok := <-c:
+			if !ok {
+				t.Fatal("the capture ended")
+			}
+			for text := range want {
+				got[text] += strings.Count(line, text)
+			}
+		case <-deadline:
+			t.Fatalf("wrong frames (-want +got):\n%s", cmp.Diff(want, got))
+		}
+	}
+}
+
+// TestBurst holds what a takeover looks like to another program: five times each form, in well-formed frames.
+func TestBurst(t *testing.T) {
+	network := newNetwork(t)
+	client, machine := network.machine("client", 1), network.machine("node", 2)
+	frames := client.capture("ether src " + mac(2))
 	node := startNode(t, machine, time.Hour)
 	node.set(vips...)
 
@@ -524,21 +555,7 @@ func TestBurst(t *testing.T) {
 		"destination link-address option (2), length 8 (1): " + mac(2):            5,
 		"hlim 255, next-header ICMPv6 (58) payload length: 32) " + vip6 + " > ff": 5,
 	}
-	got := map[string]int{}
-	deadline := time.After(patience)
-	for !cmp.Equal(want, got) {
-		select {
-		case line, ok := <-lines:
-			if !ok {
-				t.Fatal("the capture ended")
-			}
-			for text := range want {
-				got[text] += strings.Count(line, text)
-			}
-		case <-deadline:
-			t.Fatalf("wrong frames (-want +got):\n%s", cmp.Diff(want, got))
-		}
-	}
+	frames.contain(t, want)
 }
 
 // TestLinks changes the links under a running node.
@@ -666,8 +683,8 @@ func TestUsable(t *testing.T) {
 // quiet waits until the announcements of a takeover are over: what a node sends after it, it sends for another reason.
 func quiet() { time.Sleep(6 * time.Second) }
 
-// TestDuplicateAddressDetection has a machine try to take our IPv6 address: it is told that it cannot. A kernel heeds only an
-// answer to all nodes that is not marked as solicited.
+// TestDuplicateAddressDetection has a machine try to take our IPv6 address: it is told that it cannot, by an answer to all nodes
+// that is not marked as solicited.
 func TestDuplicateAddressDetection(t *testing.T) {
 	network := newNetwork(t)
 	intruder, machine := network.machine("intruder", 1), network.machine("node", 2)
@@ -675,6 +692,7 @@ func TestDuplicateAddressDetection(t *testing.T) {
 	node.set(vips...)
 	node.announces(announcedOn("eth0", mac(2))...)
 	quiet()
+	frames := intruder.capture("ether src " + mac(2))
 	intruder.must("sysctl -qw net.ipv6.conf.all.accept_dad=1 net.ipv6.conf.eth0.accept_dad=1")
 	intruder.must("ip addr add " + vip6 + "/64 dev eth0")
 	eventually(t, func() string {
@@ -682,6 +700,10 @@ func TestDuplicateAddressDetection(t *testing.T) {
 			return "the address was not refused: " + got
 		}
 		return ""
+	})
+	frames.contain(t, map[string]int{
+		vip6 + " > ff02::1: [icmp6 sum ok] ICMP6, neighbor advertisement": 1,
+		"tgt is " + vip6 + ", Flags [router, override]":                   1,
 	})
 }
 

@@ -90,8 +90,8 @@ func (m Machine) Run(ctx context.Context, cmd Command) (status int, err error) {
 	defer unlock()
 
 	status, err = m.boot(ctx, img, cmd, "quiet")
-	if stalled := new(bootError); errors.As(err, &stalled) {
-		m.Log.Warn("the virtual machine did not boot, trying once more", "reason", err)
+	if failed := new(failure); errors.As(err, &failed) && failed.retry {
+		m.Log.Warn("the virtual machine did not boot, trying once more", "reason", failed.reason, "console", failed.console)
 		status, err = m.boot(ctx, img, cmd, "ignore_loglevel")
 	}
 	return status, err
@@ -106,11 +106,16 @@ func (e *MissingError) Error() string {
 	return "the virtual machine cannot be started:\n\t" + strings.Join(e.Pieces, "\n\t")
 }
 
-// bootError says that the machine ended before the program ran.
-type bootError struct{ reason error }
+// failure is why a program was not run to its end by a machine that was started.
+type failure struct {
+	reason  error
+	console string // path of what the guest's kernel said
+	retry   bool   // the program did not run yet, and another boot may help
+}
 
-func (e *bootError) Error() string { return e.reason.Error() }
-func (e *bootError) Unwrap() error { return e.reason }
+func (f *failure) Error() string {
+	return fmt.Sprintf("%v; the guest's console is kept in %s and ends:\n%s", f.reason, f.console, tail(f.console, 40))
+}
 
 // boot is one attempt of Run.
 func (m Machine) boot(ctx context.Context, img image, c Command, kernelArgs ...string) (status int, err error) {
@@ -137,6 +142,7 @@ func (m Machine) boot(ctx context.Context, img image, c Command, kernelArgs ...s
 	var said bytes.Buffer
 	qemu := exec.Command("qemu-system-x86_64", m.arguments(img, console.Name(), kernelArgs)...)
 	qemu.Stdout, qemu.Stderr = &said, &said
+	qemu.WaitDelay = time.Second                 // for what a wrapper of QEMU may leave behind
 	qemu.ExtraFiles = []*os.File{far, initramfs} // descriptors 3 and 4
 	qemu.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL, Setpgid: true}
 	err = qemu.Start()
@@ -166,12 +172,10 @@ func (m Machine) boot(ctx context.Context, img image, c Command, kernelArgs ...s
 		return status, err
 	case late.Load():
 		err = fmt.Errorf("it did not get to run the program within %v", bootLimit)
+	case said.Len() > 0:
+		err = fmt.Errorf("%w: QEMU says: %s", err, strings.TrimSpace(said.String()))
 	}
-	err = fmt.Errorf("%w\n%sthe guest's console is kept in %s and ends:\n%s", err, said.String(), console.Name(), tail(console.Name(), 40))
-	if !s.running && !errors.Is(err, errRefused) {
-		err = &bootError{err}
-	}
-	return 0, err
+	return 0, &failure{reason: err, console: console.Name(), retry: !s.running && !errors.Is(err, errRefused)}
 }
 
 // arguments is QEMU's command line; descriptor 3 is the port to the guest's init and 4 the initramfs.
@@ -294,8 +298,7 @@ func tail(path string, lines int) string {
 // errStopped is the end of QEMU, whatever ended it: a panic of the guest's kernel, mostly.
 var errStopped = errors.New("the virtual machine stopped by itself")
 
-// errRefused is wrapped by the error of a guest that booted but could not start the program; another boot would not
-// help.
+// errRefused is wrapped by the error of a guest that booted but could not start the program.
 var errRefused = errors.New("the guest cannot run the program")
 
 // session is the host's side of one program's run.

@@ -83,7 +83,7 @@ func (h *Host) DialContext(ctx context.Context, protocol, address string) (conn 
 
 // Neighbor is the hardware address the host has learnt for an address (ARP or NDP); the error says if it has none.
 func (h *Host) Neighbor(addr netip.Addr) (net.HardwareAddr, error) {
-	neighbors, err := h.NeighList(0, family(addr))
+	neighbors, err := h.kernel.NeighList(0, family(addr))
 	if err != nil {
 		return nil, fmt.Errorf("neighbours of %s: %w", h.Name, err)
 	}
@@ -98,12 +98,12 @@ func (h *Host) Neighbor(addr netip.Addr) (net.HardwareAddr, error) {
 
 // ForgetNeighbors empties the host's ARP and NDP tables.
 func (h *Host) ForgetNeighbors() error {
-	neighbors, err := h.NeighList(0, unix.AF_UNSPEC)
+	neighbors, err := h.kernel.NeighList(0, unix.AF_UNSPEC)
 	if err != nil {
 		return fmt.Errorf("neighbours of %s: %w", h.Name, err)
 	}
 	for _, n := range neighbors {
-		if err := h.NeighDel(&n); err != nil && !errors.Is(err, unix.ENOENT) {
+		if err := h.kernel.NeighDel(&n); err != nil && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("delete neighbour %s of %s: %w", n.IP, h.Name, err)
 		}
 	}
@@ -130,7 +130,7 @@ func (l *Lab) HostWithMAC(mac net.HardwareAddr) *Host {
 // NextHops is the gateways of the host's route to exactly this prefix, in its main table; none if it has no such
 // route.
 func (h *Host) NextHops(to netip.Prefix) ([]netip.Addr, error) {
-	routes, err := h.RouteListFiltered(family(to.Addr()), &netlink.Route{Dst: ipNet(to)}, netlink.RT_FILTER_DST)
+	routes, err := h.kernel.RouteListFiltered(family(to.Addr()), &netlink.Route{Dst: ipNet(to)}, netlink.RT_FILTER_DST)
 	if err != nil {
 		return nil, fmt.Errorf("routes of %s to %s: %w", h.Name, to, err)
 	}

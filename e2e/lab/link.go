@@ -23,29 +23,29 @@ func newCable(far *namespace, port string, near *namespace, device string) (*Lin
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = port
 	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: device, PeerNamespace: netlink.NsFd(near.handle)}
-	if err := far.LinkAdd(veth); err != nil {
+	if err := far.kernel.LinkAdd(veth); err != nil {
 		return nil, fmt.Errorf("add veth %s in %s: %w", port, far.name, err)
 	}
 	k := &Link{far: far, near: near, port: port, device: device}
 	var err error
-	if k.farLink, err = far.LinkByName(port); err != nil {
+	if k.farLink, err = far.kernel.LinkByName(port); err != nil {
 		return nil, fmt.Errorf("find %s in %s: %w", port, far.name, err)
 	}
-	if k.nearLink, err = near.LinkByName(device); err != nil {
+	if k.nearLink, err = near.kernel.LinkByName(device); err != nil {
 		return nil, fmt.Errorf("find %s in %s: %w", device, near.name, err)
 	}
-	if err := errors.Join(far.LinkSetUp(k.farLink), near.LinkSetUp(k.nearLink)); err != nil {
+	if err := errors.Join(far.kernel.LinkSetUp(k.farLink), near.kernel.LinkSetUp(k.nearLink)); err != nil {
 		return nil, fmt.Errorf("set %s of %s up: %w", device, near.name, err)
 	}
 	return k, nil
 }
 
 func (k *Link) connect(bridge string) error {
-	master, err := k.far.LinkByName(bridge)
+	master, err := k.far.kernel.LinkByName(bridge)
 	if err != nil {
 		return fmt.Errorf("find bridge %s: %w", bridge, err)
 	}
-	if err := k.far.LinkSetMaster(k.farLink, master); err != nil {
+	if err := k.far.kernel.LinkSetMaster(k.farLink, master); err != nil {
 		return fmt.Errorf("put %s into %s: %w", k.port, bridge, err)
 	}
 	k.bridge = bridge
@@ -54,7 +54,7 @@ func (k *Link) connect(bridge string) error {
 
 // Cut unplugs the cable: the machine loses its carrier and every packet is lost.
 func (k *Link) Cut() error {
-	if err := k.far.LinkSetDown(k.farLink); err != nil {
+	if err := k.far.kernel.LinkSetDown(k.farLink); err != nil {
 		return fmt.Errorf("cut %s of %s: %w", k.device, k.near.name, err)
 	}
 	return nil
@@ -62,7 +62,7 @@ func (k *Link) Cut() error {
 
 // Mend plugs the cable in again after Cut or Silence.
 func (k *Link) Mend() error {
-	if err := k.far.LinkSetUp(k.farLink); err != nil {
+	if err := k.far.kernel.LinkSetUp(k.farLink); err != nil {
 		return fmt.Errorf("mend %s of %s: %w", k.device, k.near.name, err)
 	}
 	if k.bridge == "" {
@@ -76,7 +76,7 @@ func (k *Link) Silence() error {
 	if k.bridge == "" {
 		return fmt.Errorf("silence %s of %s: only a cable to a switch can be silenced", k.device, k.near.name)
 	}
-	if err := k.far.LinkSetNoMaster(k.farLink); err != nil {
+	if err := k.far.kernel.LinkSetNoMaster(k.farLink); err != nil {
 		return fmt.Errorf("silence %s of %s: %w", k.device, k.near.name, err)
 	}
 	return nil
@@ -132,13 +132,13 @@ func degrade(in *namespace, link netlink.Link, q Quality) error {
 		Loss:    float32(q.Loss),
 	})
 	if q == (Quality{}) {
-		err := in.QdiscDel(qdisc)
+		err := in.kernel.QdiscDel(qdisc)
 		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) { // it was perfect
 			return nil
 		}
 		return err
 	}
-	err := in.QdiscReplace(qdisc)
+	err := in.kernel.QdiscReplace(qdisc)
 	if errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("degrade %s in %s: this kernel has no netem (module sch_netem): %w", link.Attrs().Name, in.name, err)
 	}

@@ -18,11 +18,11 @@ import (
 // namespaces is where `ip netns` keeps the named ones.
 const namespaces = "/run/netns"
 
-// namespace is one network namespace with a netlink socket in it.
+// namespace is one network namespace.
 type namespace struct {
 	name   string // as `ip netns` lists it
 	handle netns.NsHandle
-	*netlink.Handle
+	kernel *netlink.Handle // a netlink socket in it
 }
 
 func newNamespace(name string) (*namespace, error) {
@@ -34,18 +34,18 @@ func newNamespace(name string) (*namespace, error) {
 	if err != nil {
 		return nil, fmt.Errorf("add network namespace %s: %w", n.name, err)
 	}
-	if n.Handle, err = netlink.NewHandleAt(n.handle, unix.NETLINK_ROUTE); err != nil {
+	if n.kernel, err = netlink.NewHandleAt(n.handle, unix.NETLINK_ROUTE); err != nil {
 		return nil, fmt.Errorf("netlink in %s: %w", n.name, err)
 	}
 	return n, n.loopbackUp()
 }
 
 func (n *namespace) loopbackUp() error {
-	lo, err := n.LinkByName("lo")
+	lo, err := n.kernel.LinkByName("lo")
 	if err != nil {
 		return err
 	}
-	return n.LinkSetUp(lo)
+	return n.kernel.LinkSetUp(lo)
 }
 
 func (n *namespace) path() string { return filepath.Join(namespaces, n.name) }
@@ -96,7 +96,7 @@ func (n *namespace) sysctl(values map[string]string) error {
 
 // release closes the handles; the namespace lives on while it has a name, a process or a socket.
 func (n *namespace) release() {
-	n.Handle.Close()
+	n.kernel.Close()
 	n.handle.Close()
 }
 

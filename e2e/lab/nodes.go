@@ -114,7 +114,7 @@ func (n *Node) scrap() error {
 			return err
 		}
 	}
-	if err := n.Link.far.LinkDel(n.Link.farLink); err != nil {
+	if err := n.Link.far.kernel.LinkDel(n.Link.farLink); err != nil {
 		return err
 	}
 	return removeNamespace(n.path())
@@ -162,7 +162,7 @@ func (n *Node) removePod(h *Host) error {
 		return err
 	}
 	if h.Link != nil {
-		if err := n.LinkDel(h.Link.farLink); err != nil {
+		if err := n.kernel.LinkDel(h.Link.farLink); err != nil {
 			return fmt.Errorf("remove the cable of pod %s: %w", h.Name, err)
 		}
 	}

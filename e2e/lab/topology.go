@@ -22,7 +22,7 @@ var (
 	wan = segment{"wan", netip.MustParsePrefix("172.30.0.0/24"), netip.MustParsePrefix("fd30::/64")}
 )
 
-// LAN and WAN are the two networks, IPv4 and IPv6.
+// LAN is the network that the nodes and the routers are in.
 func LAN() (v4, v6 netip.Prefix) { return lan.v4, lan.v6 }
 
 // WAN is the network behind the routers.
@@ -93,10 +93,10 @@ func (s segment) create(in *namespace) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = s.bridge
 	bridge := &netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &snooping}
-	if err := in.LinkAdd(bridge); err != nil {
+	if err := in.kernel.LinkAdd(bridge); err != nil {
 		return fmt.Errorf("add bridge %s: %w", s.bridge, err)
 	}
-	return in.LinkSetUp(bridge)
+	return in.kernel.LinkSetUp(bridge)
 }
 
 // wireMachines makes all machines but the nodes.
@@ -269,12 +269,12 @@ func unspecified(like netip.Addr) netip.Addr {
 
 // addAddress gives a device an address at once usable.
 func (n *namespace) addAddress(device string, p netip.Prefix) error {
-	link, err := n.LinkByName(device)
+	link, err := n.kernel.LinkByName(device)
 	if err != nil {
 		return fmt.Errorf("find %s in %s: %w", device, n.name, err)
 	}
 	a := &netlink.Addr{IPNet: ipNet(p), Flags: unix.IFA_F_NODAD}
-	if err := n.AddrAdd(link, a); err != nil {
+	if err := n.kernel.AddrAdd(link, a); err != nil {
 		return fmt.Errorf("add address %s to %s in %s: %w", p, device, n.name, err)
 	}
 	return nil
@@ -283,7 +283,7 @@ func (n *namespace) addAddress(device string, p netip.Prefix) error {
 // addRoute adds a route through a gateway.
 func (n *namespace) addRoute(to netip.Prefix, via netip.Addr) error {
 	r := &netlink.Route{Dst: ipNet(to), Gw: via.AsSlice()}
-	if err := n.RouteAdd(r); err != nil {
+	if err := n.kernel.RouteAdd(r); err != nil {
 		return fmt.Errorf("add route %s via %s in %s: %w", to, via, n.name, err)
 	}
 	return nil
@@ -291,12 +291,12 @@ func (n *namespace) addRoute(to netip.Prefix, via netip.Addr) error {
 
 // addDeviceRoute adds a route to neighbours at a device.
 func (n *namespace) addDeviceRoute(to netip.Prefix, device string) error {
-	link, err := n.LinkByName(device)
+	link, err := n.kernel.LinkByName(device)
 	if err != nil {
 		return fmt.Errorf("find %s in %s: %w", device, n.name, err)
 	}
 	r := &netlink.Route{Dst: ipNet(to), LinkIndex: link.Attrs().Index, Scope: netlink.SCOPE_LINK}
-	if err := n.RouteAdd(r); err != nil {
+	if err := n.kernel.RouteAdd(r); err != nil {
 		return fmt.Errorf("add route %s dev %s in %s: %w", to, device, n.name, err)
 	}
 	return nil
