@@ -114,7 +114,7 @@ type failure struct {
 }
 
 func (f *failure) Error() string {
-	return fmt.Sprintf("%v; the guest's console is kept in %s and ends:\n%s", f.reason, f.console, tail(f.console, 40))
+	return fmt.Sprintf("%v; the guest's console is kept in %s and ends:\n%s", f.reason, f.console, tail(f.console, 60))
 }
 
 // boot is one attempt of Run.
