@@ -485,7 +485,7 @@ func (a *Agent) speakerConfig(routes []announcer.Route) bgp.Config {
 		c.Peers = append(c.Peers, bgp.Peer{
 			Name: p.Name, MyASN: p.MyASN, PeerASN: p.PeerASN, LocalASN: p.LocalASN,
 			Address: p.Address, Source: p.Source, Port: p.Port,
-			HoldTime: p.HoldTime, KeepaliveTime: p.KeepaliveTime, ConnectTime: p.ConnectTime,
+			HoldTime: p.HoldTime, KeepaliveTime: p.KeepaliveTime, ConnectTime: connectTime(p),
 			Password: p.Password, EBGPMultiHop: p.EBGPMultiHop, GracefulRestart: p.GracefulRestart,
 		})
 	}
@@ -503,4 +503,12 @@ func (a *Agent) speakerConfig(routes []announcer.Route) bgp.Config {
 		}
 	}
 	return c
+}
+
+// connectTime is a peer's connect time, as short as the speaker can have it; 0 = the speaker's default.
+func connectTime(p config.Peer) time.Duration {
+	if p.ConnectTime == 0 {
+		return 0
+	}
+	return max(p.ConnectTime, 2*time.Second)
 }

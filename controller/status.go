@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -124,7 +125,7 @@ func (s Status) Write(w io.Writer) error {
 		}
 		routes := strings.Join(v.Prefixes, ",")
 		if routes != "" {
-			routes += " to " + orDash(strings.Join(v.Peers, ","))
+			routes += " to " + cmp.Or(strings.Join(v.Peers, ","), "nobody yet")
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", v.Address, v.Service, orDash(v.Pool), orDash(layer2), orDash(routes), orDash(v.Reason))
 	}

@@ -135,6 +135,11 @@ func (i *Installation) Longshore(ctx context.Context, n *lab.Node, args ...strin
 	return n.Run(ctx, i.binary, args...)
 }
 
+// Shortcut is a shell command that runs longshore on a node; its arguments are the shell's.
+func (i *Installation) Shortcut(n *lab.Node) string {
+	return fmt.Sprintf(`ip netns exec %s %s "$@" $([ "$1" = status ] && echo --status-socket %s)`, n.NetNS(), i.binary, socket(n))
+}
+
 // KillAgent ends the agent of a node at once, without its having a say. The node's kubelet starts it again.
 func (i *Installation) KillAgent(n *lab.Node) error {
 	commands, err := filepath.Glob("/proc/[0-9]*/cmdline")

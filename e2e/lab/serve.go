@@ -37,6 +37,15 @@ func Main() {
 	os.Exit(0)
 }
 
+// Serve starts the built-in server in the host itself, at ports such as 80/TCP; name is what it answers with.
+func (h *Host) Serve(name string, ports ...string) (*Process, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	return h.Start(Exec{Name: name, Path: self, Env: []string{serveEnv + "=" + name + " " + strings.Join(ports, " ")}})
+}
+
 // serve is the built-in server. Over TCP it greets with "NAME saw CLIENT at SERVER" and echoes lines; over UDP it
 // answers every packet with the greeting and the packet's text. When ctx ends it takes no new connections and
 // returns after the last one is closed.

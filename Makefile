@@ -1,0 +1,47 @@
+# What there is to do with longshore. Everything builds into bin/; the lab's kernel and control plane are kept under
+# the user's cache folder.
+
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo development)
+LINT    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.8.0
+
+export CGO_ENABLED = 0
+
+.PHONY: build test demo lint generate clean packages lab
+
+# build: bin/longshore, the one static program
+build:
+	@$(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o bin/longshore ./cmd/longshore
+
+# test: all tests, those that need IPVS in the lab's kernel (a virtual machine where this one has none)
+test: lab
+	@$(GO) run ./e2e/check
+
+# demo: the lab with three nodes, a client and FRR; KEEP=1 stays up for exploring
+demo: lab
+	@$(GO) build -o bin/demo ./e2e/demo
+	@KEEP=$(KEEP) bin/inlab -- bin/demo
+
+# lab: what test and demo need
+lab: packages build
+	@$(GO) build -o bin/inlab ./e2e/inlab
+	@$(GO) run ./e2e/build
+
+packages:
+	@command -v $(GO) >/dev/null || { echo "Go 1.26 is needed: https://go.dev/dl" >&2; exit 1; }
+	@sh e2e/packages.sh
+
+# lint: golangci-lint with the import rules
+lint: bin/golangci-lint
+	@bin/golangci-lint run ./...
+
+bin/golangci-lint: Makefile
+	@GOBIN=$(CURDIR)/bin $(GO) install $(LINT)
+	@touch $@
+
+# generate: deepcopy methods and the chart's CustomResourceDefinitions, from the types in config/
+generate:
+	@$(GO) generate ./config
+
+clean:
+	@rm -rf bin
