@@ -3,7 +3,7 @@
 
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo development)
-LINT    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.8.0
+LINT    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.11.4
 
 export CGO_ENABLED = 0
 

@@ -38,8 +38,7 @@ func TestReferenceFile(t *testing.T) {
 // fields is the JSON names of a struct's fields, and theirs.
 func fields(s reflect.Type) map[string]any {
 	all := map[string]any{}
-	for i := range s.NumField() {
-		f := s.Field(i)
+	for f := range s.Fields() {
 		all[f.Tag.Get("json")] = nil
 		if f.Type.Kind() == reflect.Struct {
 			all[f.Tag.Get("json")] = fields(f.Type)

@@ -24,31 +24,41 @@ import (
 
 // DataPlane is the kernel of this node (package ipvs/kernel).
 type DataPlane interface {
+	// Prepare sets up what all Services share; what is there already stays as it is.
 	Prepare() error
+	// Observe reads what is longshore's in the kernel.
 	Observe() (ipvs.State, error)
+	// Apply does the operations in their order and returns those that failed; the others are done.
 	Apply([]ipvs.Operation) []ipvs.Failure
 }
 
 // Layer2 answers ARP and NDP (package announcer/layer2).
 type Layer2 interface {
+	// Set replaces the addresses to answer for; the whole value.
 	Set([]announcer.Address)
 }
 
 // Speaker keeps BGP sessions (package announcer/bgp).
 type Speaker interface {
+	// Set replaces what the speaker should be doing and returns at once; the whole value.
 	Set(bgp.Config)
+	// Sessions is the session of each peer, in the order of bgp.Config.Peers.
 	Sessions() []bgp.Session
 }
 
 // Members tells which agents are alive (package announcer/members).
 type Members interface {
+	// Join replaces the addresses of all nodes where an agent may run; this node's own may be among them.
 	Join([]netip.AddrPort)
+	// Alive is the names of the nodes whose agents are alive, sorted, with this one among them.
 	Alive() []string
+	// Changed receives when Alive may have changed; many changes may come as one.
 	Changed() <-chan struct{}
 }
 
 // Events takes what an owner of an object should know, such as a record.EventRecorder.
 type Events interface {
+	// Event records what happened to the object; eventtype is corev1.EventTypeNormal or EventTypeWarning.
 	Event(object runtime.Object, eventtype, reason, message string)
 }
 
@@ -85,6 +95,7 @@ type Agent struct {
 	snapshot  *snapshot
 	desired   ipvs.Desired
 	services  map[types.NamespacedName]*served
+	crossed   map[types.NamespacedName]struct{} // Services that did not get a frontend because another one has it
 	node      NodeView
 	network   NetworkView
 	peers     []config.Peer
@@ -97,8 +108,9 @@ type Agent struct {
 
 // served is what the agent remembers of a Service.
 type served struct {
-	scheduler string // the last good one
-	problems  []Problem
+	scheduler string    // the last good one
+	found     []Problem // by translation
+	problems  []Problem // all, as last reported
 	hasReady  bool
 	announced []Announced
 	reported  []netip.Addr // addresses for which an event said that this node announces them
@@ -111,6 +123,7 @@ func NewAgent(o AgentOptions) *Agent {
 		queries:      make(chan func()),
 		snapshot:     newSnapshot(),
 		services:     map[types.NamespacedName]*served{},
+		crossed:      map[types.NamespacedName]struct{}{},
 	}
 }
 
@@ -167,11 +180,14 @@ func (a *Agent) Run(ctx context.Context) error {
 // pass takes changes in, brings the kernel and then the network to what is desired.
 func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged bool) error {
 	t := a.snapshot.update(changes)
-	ops := a.updateViews(ctx, &t, membersChanged)
-	for _, name := range slices.SortedFunc(maps.Keys(t.services), compareNames) {
-		ops = append(ops, a.translate(name)...)
+	wishes := map[string]ipvs.State{}
+	networkChanged := a.updateViews(ctx, &t, membersChanged, wishes)
+	for name := range t.services {
+		wishes[name.String()] = a.translate(name)
 	}
-	if t.config || t.nodes || membersChanged || full {
+	ops := a.desired.ReplaceAll(wishes)
+	a.report(t.services)
+	if networkChanged || full {
 		for name := range a.services {
 			t.services[name] = struct{}{}
 		}
@@ -200,14 +216,13 @@ func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged
 	return nil
 }
 
-// updateViews derives the node's and the network's view from the objects where they changed. If the node's view is a
-// different one, every Service is touched.
-func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool) []ipvs.Operation {
-	var ops []ipvs.Operation
+// updateViews derives the node's and the network's view from the objects where they changed, and tells whether the
+// network's did. If the node's view is a different one, every Service is touched.
+func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool, wishes map[string]ipvs.State) (networkChanged bool) {
 	if t.nodes {
 		if node := a.nodeView(); !reflect.DeepEqual(node, a.node) {
 			a.node = node
-			ops = a.desired.Replace("node", TranslateNode(node))
+			wishes["node"] = TranslateNode(node)
 			for name := range a.snapshot.services {
 				t.services[name] = struct{}{}
 			}
@@ -220,14 +235,17 @@ func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool
 		a.updateConfig(ctx)
 	}
 	if t.nodes || t.config || membersChanged {
+		before := a.network
 		a.network.Node = a.Node
 		a.network.Nodes = a.candidates()
 		a.network.ThisNodeLabels = nil
 		if n := a.snapshot.nodes[types.NamespacedName{Name: a.Node}]; n != nil {
 			a.network.ThisNodeLabels = n.Labels
 		}
+		networkChanged = t.config || !reflect.DeepEqual(before.Nodes, a.network.Nodes) ||
+			!maps.Equal(before.ThisNodeLabels, a.network.ThisNodeLabels)
 	}
-	return ops
+	return networkChanged
 }
 
 // nodeView is this node as the data plane needs it.
@@ -254,7 +272,20 @@ func (a *Agent) nodeView() NodeView {
 			}
 		}
 	}
+	v.ServiceCIDRs = widest(v.ServiceCIDRs)
 	return v
+}
+
+// widest leaves out the prefixes that are inside of others: ServiceCIDRs may overlap, ranges in a set of nftables may not.
+func widest(all []netip.Prefix) []netip.Prefix {
+	var out []netip.Prefix
+	for i, p := range all {
+		inside := func(q netip.Prefix) bool { return q.Bits() < p.Bits() && q.Contains(p.Addr()) }
+		if !slices.ContainsFunc(all, inside) && !slices.Contains(all[:i], p) {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 func internalIPs(n *corev1.Node) []netip.Addr {
@@ -357,13 +388,12 @@ func (a *Agent) updateConfig(ctx context.Context) {
 	}
 }
 
-// translate brings one Service up to date and returns what has to change in the kernel.
-func (a *Agent) translate(name types.NamespacedName) []ipvs.Operation {
-	owner := name.String()
+// translate brings one Service up to date and returns what the kernel should hold for it.
+func (a *Agent) translate(name types.NamespacedName) ipvs.State {
 	svc := a.snapshot.services[name]
 	if svc == nil {
 		delete(a.services, name)
-		return a.desired.Replace(owner, ipvs.State{})
+		return ipvs.State{}
 	}
 	s := a.services[name]
 	if s == nil {
@@ -371,22 +401,36 @@ func (a *Agent) translate(name types.NamespacedName) []ipvs.Operation {
 		a.services[name] = s
 	}
 	scheduler, problems := SchedulerOf(svc, a.Config.Scheduler, s.scheduler)
-	s.scheduler = scheduler
 	state, more := Translate(svc, a.snapshot.slicesOf(name), a.node, scheduler)
-	problems = append(problems, more...)
+	s.scheduler = scheduler
+	s.found = append(problems, more...)
 	s.hasReady = hasReadyEndpoint(state)
-	ops := a.desired.Replace(owner, state)
-	for _, c := range a.desired.Conflicts(owner) {
-		problems = append(problems, Problem{"FrontendConflict", fmt.Sprintf("%s is served by Service %s already", c.Frontend, c.Holder)})
-	}
-	for _, p := range problems {
-		if !slices.Contains(s.problems, p) {
-			a.Events.Event(svc, corev1.EventTypeWarning, p.Reason, p.Message)
-			a.Log.Warn("problem with a Service", "service", owner, "reason", p.Reason, "message", p.Message)
+	return state
+}
+
+// report sends an event about each new problem of the Services touched, and of those that another one is in the way of.
+func (a *Agent) report(touched map[types.NamespacedName]struct{}) {
+	names := maps.Clone(touched)
+	maps.Copy(names, a.crossed)
+	for _, name := range slices.SortedFunc(maps.Keys(names), compareNames) {
+		delete(a.crossed, name)
+		s := a.services[name]
+		if s == nil {
+			continue
 		}
+		problems := slices.Clone(s.found)
+		for _, c := range a.desired.Conflicts(name.String()) {
+			a.crossed[name] = struct{}{}
+			problems = append(problems, Problem{"FrontendConflict", fmt.Sprintf("%s is served by Service %s already", c.Frontend, c.Holder)})
+		}
+		for _, p := range problems {
+			if !slices.Contains(s.problems, p) {
+				a.Events.Event(a.snapshot.services[name], corev1.EventTypeWarning, p.Reason, p.Message)
+				a.Log.Warn("problem with a Service", "service", name.String(), "reason", p.Reason, "message", p.Message)
+			}
+		}
+		s.problems = problems
 	}
-	s.problems = problems
-	return ops
 }
 
 // withdraw decides anew what is announced of the Services touched, and takes back at once what no longer is.
@@ -400,12 +444,22 @@ func (a *Agent) withdraw(touched map[types.NamespacedName]struct{}) {
 		if svc := a.snapshot.services[name]; svc != nil {
 			s.announced = Announce(svc, s.hasReady, a.network)
 		}
+		s.reported = slices.DeleteFunc(s.reported, func(addr netip.Addr) bool {
+			return !slices.ContainsFunc(s.announced, func(w Announced) bool { return w.Address == addr })
+		})
 	}
-	wanted := a.wanted()
+	type one struct {
+		service types.NamespacedName
+		addr    netip.Addr
+	}
+	wanted := map[one]Announced{}
+	for _, w := range a.wanted() {
+		wanted[one{w.Service, w.Address}] = w
+	}
 	var staying []Announced
 	for _, was := range a.announced {
-		if i := slices.IndexFunc(wanted, func(w Announced) bool { return w.Service == was.Service && w.Address == was.Address }); i >= 0 {
-			staying = append(staying, intersect(was, wanted[i]))
+		if w, ok := wanted[one{was.Service, was.Address}]; ok {
+			staying = append(staying, intersect(was, w))
 		}
 	}
 	if !reflect.DeepEqual(staying, a.announced) {

@@ -97,7 +97,7 @@ func RequestFor(svc *corev1.Service, namespaceLabels map[string]string) (Request
 		return r, nil
 	}
 	var wanted []netip.Addr
-	for _, text := range strings.Split(list, ",") {
+	for text := range strings.SplitSeq(list, ",") {
 		text = strings.TrimSpace(text)
 		addr, err := netip.ParseAddr(text)
 		if err != nil || addr.Zone() != "" {

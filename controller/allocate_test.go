@@ -188,7 +188,7 @@ func addrs(texts ...string) []netip.Addr {
 func testPool(t testing.TB, name string, ranges string, edits ...func(*config.Pool)) config.Pool {
 	t.Helper()
 	p := config.Pool{Name: name, AutoAssign: true}
-	for _, text := range strings.Fields(ranges) {
+	for text := range strings.FieldsSeq(ranges) {
 		r, err := config.ParseRange(text)
 		if err != nil {
 			t.Fatal(err)

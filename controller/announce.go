@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
 	"slices"
@@ -30,7 +31,7 @@ type Announced struct {
 	Pool       string
 	Owner      string            // the one node that answers ARP or NDP for the address; "" = none does
 	Interfaces []string          // on which the owner answers; empty = every usable one
-	Routes     []announcer.Route // what this node advertises by BGP
+	Routes     []announcer.Route // what this node advertises by BGP; those of one prefix may differ in their peers
 	Reason     string            // why nobody announces the address at all; "" if somebody does
 }
 
@@ -49,12 +50,14 @@ func Announce(svc *corev1.Service, served bool, v NetworkView) []Announced {
 		default:
 			a.Pool = v.Pools[i].Name
 			selected := v.announceLayer2(&a, v.Pools[i], svc.Labels)
-			selected = v.announceBGP(&a, v.Pools[i], svc.Labels) || selected
+			selectedBGP, advertised := v.announceBGP(&a, v.Pools[i], svc.Labels)
 			switch {
-			case !selected:
+			case !selected && !selectedBGP:
 				a.Reason = "no L2Advertisement and no BGPAdvertisement selects it"
-			case a.Owner == "" && len(v.Nodes) == 0:
+			case len(v.Nodes) == 0:
 				a.Reason = "no node is alive, ready and not excluded from load balancers"
+			case a.Owner == "" && !advertised:
+				a.Reason = "the nodeSelectors of its advertisements select no node that is alive, ready and not excluded from load balancers"
 			}
 		}
 		out = append(out, a)
@@ -76,14 +79,10 @@ func (v NetworkView) announceLayer2(a *Announced, pool config.Pool, serviceLabel
 				continue
 			}
 			had, again := interfaces[node]
-			switch {
-			case !again:
-				interfaces[node] = adv.Interfaces
-			case len(had) == 0 || len(adv.Interfaces) == 0:
-				interfaces[node] = nil // one of them means every interface
-			default:
-				interfaces[node] = slices.Compact(slices.Sorted(slices.Values(slices.Concat(had, adv.Interfaces))))
+			if !again {
+				had = adv.Interfaces
 			}
+			interfaces[node] = eitherInterfaces(had, adv.Interfaces)
 			preference[node] = max(preference[node], adv.Preference(nodeLabels))
 		}
 	}
@@ -96,69 +95,70 @@ func (v NetworkView) announceLayer2(a *Announced, pool config.Pool, serviceLabel
 	return selected
 }
 
-// announceBGP makes this node's route to an address of the BGPAdvertisements that select it. Advertisements of one prefix
-// become one route: to the peers of all, with the communities of all and the highest LOCAL_PREF.
-func (v NetworkView) announceBGP(a *Announced, pool config.Pool, serviceLabels labels.Set) (selected bool) {
+// announceBGP makes this node's routes to an address of the BGPAdvertisements that select it, and tells whether there is
+// any that does, and whether any node advertises the address.
+func (v NetworkView) announceBGP(a *Announced, pool config.Pool, serviceLabels labels.Set) (selected, advertised bool) {
 	_, eligible := v.Nodes[v.Node]
-	routes := map[netip.Prefix]announcer.Route{}
 	for _, adv := range v.BGP {
 		if !adv.SelectsPool(pool) || !adv.SelectsService(serviceLabels) {
 			continue
 		}
 		selected = true
-		if !eligible || !adv.SelectsNode(v.ThisNodeLabels) {
-			continue
+		for _, nodeLabels := range v.Nodes {
+			advertised = advertised || adv.SelectsNode(nodeLabels)
 		}
-		r := announcer.Route{Prefix: adv.Prefix(a.Address), Peers: adv.Peers, LocalPref: adv.LocalPref, Communities: adv.Communities}
-		if other, ok := routes[r.Prefix]; ok {
-			r = mergeRoutes(r, other)
+		if eligible && adv.SelectsNode(v.ThisNodeLabels) {
+			a.Routes = append(a.Routes, announcer.Route{
+				Prefix: adv.Prefix(a.Address), Peers: adv.Peers, LocalPref: adv.LocalPref, Communities: adv.Communities,
+			})
 		}
-		routes[r.Prefix] = r
 	}
-	for _, p := range slices.SortedFunc(maps.Keys(routes), netip.Prefix.Compare) {
-		a.Routes = append(a.Routes, routes[p])
-	}
-	return selected
+	a.Routes = distinct(a.Routes)
+	return selected, advertised
 }
 
-func mergeRoutes(a, b announcer.Route) announcer.Route {
-	merged := announcer.Route{
-		Prefix:      a.Prefix,
-		LocalPref:   max(a.LocalPref, b.LocalPref),
-		Communities: union(a.Communities, b.Communities),
-	}
-	if len(a.Peers) > 0 && len(b.Peers) > 0 { // otherwise one of them means every peer
-		merged.Peers = union(a.Peers, b.Peers)
-	}
-	return merged
+// distinct sorts routes and drops repeated ones. Those of one prefix that differ stay: what a peer gets to see of a prefix
+// is of the routes that name the peer, and no other (package announcer/bgp).
+func distinct(routes []announcer.Route) []announcer.Route {
+	slices.SortFunc(routes, compareRoutes)
+	return slices.CompactFunc(routes, func(a, b announcer.Route) bool { return compareRoutes(a, b) == 0 })
 }
 
-func union(a, b []string) []string {
-	return slices.Compact(slices.Sorted(slices.Values(slices.Concat(a, b))))
+func compareRoutes(a, b announcer.Route) int {
+	return cmp.Or(
+		a.Prefix.Compare(b.Prefix),
+		slices.Compare(a.Peers, b.Peers),
+		cmp.Compare(a.LocalPref, b.LocalPref),
+		slices.Compare(a.Communities, b.Communities),
+	)
 }
 
-// onTheWire is what this node tells the network, of all announcements: each address and each prefix once.
+// onTheWire is what this node tells the network, of all announcements: each address and each route once. Services that
+// share an address are answered for on the interfaces of all of them.
 func onTheWire(node string, all []Announced) ([]announcer.Address, []announcer.Route) {
-	addrs := map[netip.Addr]announcer.Address{}
-	routes := map[netip.Prefix]announcer.Route{}
+	interfaces := map[netip.Addr][]string{}
+	var routes []announcer.Route
 	for _, a := range all {
 		if a.Owner == node {
-			addrs[a.Address] = announcer.Address{Addr: a.Address, Interfaces: a.Interfaces}
-		}
-		for _, r := range a.Routes {
-			if other, ok := routes[r.Prefix]; ok {
-				r = mergeRoutes(r, other)
+			had, again := interfaces[a.Address]
+			if !again {
+				had = a.Interfaces
 			}
-			routes[r.Prefix] = r
+			interfaces[a.Address] = eitherInterfaces(had, a.Interfaces)
 		}
+		routes = append(routes, a.Routes...)
 	}
-	var outAddrs []announcer.Address
-	for _, a := range slices.SortedFunc(maps.Keys(addrs), netip.Addr.Compare) {
-		outAddrs = append(outAddrs, addrs[a])
+	var addrs []announcer.Address
+	for _, addr := range slices.SortedFunc(maps.Keys(interfaces), netip.Addr.Compare) {
+		addrs = append(addrs, announcer.Address{Addr: addr, Interfaces: interfaces[addr]})
 	}
-	var outRoutes []announcer.Route
-	for _, p := range slices.SortedFunc(maps.Keys(routes), netip.Prefix.Compare) {
-		outRoutes = append(outRoutes, routes[p])
+	return addrs, distinct(routes)
+}
+
+// eitherInterfaces is the interfaces of both lists; an empty one means every interface.
+func eitherInterfaces(a, b []string) []string {
+	if len(a) == 0 || len(b) == 0 {
+		return nil
 	}
-	return outAddrs, outRoutes
+	return slices.Compact(slices.Sorted(slices.Values(slices.Concat(a, b))))
 }

@@ -46,8 +46,8 @@ type Cluster struct {
 	snapshot *snapshot
 	alloc    *Allocator
 	pools    goodPools
-	adopted  bool
-	told     map[types.NamespacedName]string // the last event about a Service or a pool that is in trouble
+	told     map[types.NamespacedName]string // the last event about a Service that is in trouble
+	refused  map[types.NamespacedName]string // the last event about a pool that is not in use as it is
 }
 
 // NewCluster returns a loop that does nothing until Run.
@@ -97,12 +97,6 @@ func (c *Cluster) pass(ctx context.Context, t touched) (unwritten map[types.Name
 			t.services[name] = struct{}{}
 		}
 	}
-	if !c.adopted { // holders keep their addresses before anybody gets one
-		c.adopted = true
-		for _, svc := range c.oldestFirst(maps.Keys(c.snapshot.services)) {
-			c.adopt(svc)
-		}
-	}
 	unwritten = map[types.NamespacedName]struct{}{}
 	settle := func(svc *corev1.Service) {
 		if err := c.settle(ctx, svc); err != nil {
@@ -121,6 +115,11 @@ func (c *Cluster) pass(ctx context.Context, t touched) (unwritten map[types.Name
 					unwritten[name] = struct{}{}
 				}
 			}
+		}
+	}
+	for _, svc := range c.oldestFirst(maps.Keys(t.services)) { // who comes with an address keeps it before anybody gets one
+		if _, holds := c.alloc.Assigned(nameOf(svc).String()); !holds {
+			c.adopt(svc)
 		}
 	}
 	for _, svc := range c.oldestFirst(maps.Keys(t.services)) { // who has an address keeps or changes it first
@@ -230,6 +229,7 @@ func (c *Cluster) clear(ctx context.Context, svc *corev1.Service) error {
 	}
 	if had := ingressIPs(svc); len(had) > 0 {
 		c.Events.Event(svc, corev1.EventTypeWarning, "ClearAssignment", fmt.Sprintf("IP %s is no longer assigned", quoted(had)))
+		c.Log.Warn("address taken away", "service", nameOf(svc).String(), "addresses", had)
 	}
 	return nil
 }
@@ -250,10 +250,12 @@ func (c *Cluster) warn(svc *corev1.Service, err error) {
 
 // reportPools sends an event about each pool whose present form is refused, once for each new reason.
 func (c *Cluster) reportPools(refused []refusedPool) {
+	before := c.refused
+	c.refused = map[types.NamespacedName]string{}
 	for _, r := range refused {
-		key := types.NamespacedName{Namespace: "IPAddressPool/" + r.object.Namespace, Name: r.object.Name}
-		if message := r.err.Error(); c.told[key] != message {
-			c.told[key] = message
+		name, message := nameOf(r.object), r.err.Error()
+		c.refused[name] = message
+		if before[name] != message {
 			c.Events.Event(r.object, corev1.EventTypeWarning, "ConfigurationRefused", message)
 			c.Log.Warn("pool refused", "error", r.err)
 		}

@@ -47,7 +47,8 @@ type Files struct {
 	good     map[string][]Object // the last good content of each file
 	current  map[inboxKey]Object // as put into the inboxes
 	assigned map[string]assignedAddresses
-	told     map[string]string // the last error about each file
+	told     map[string]string // the last error about each file that cannot be used as it is
+	twice    map[string]string // the last error about each file with objects that others have, too
 }
 
 type assignedAddresses struct {
@@ -65,7 +66,7 @@ func NewFiles(folder, store string, log *slog.Logger, inboxes ...*Inbox) (*Files
 	f := &Files{
 		folder: folder, store: store, inboxes: inboxes, log: log,
 		good: map[string][]Object{}, current: map[inboxKey]Object{},
-		assigned: map[string]assignedAddresses{}, told: map[string]string{},
+		assigned: map[string]assignedAddresses{}, told: map[string]string{}, twice: map[string]string{},
 	}
 	content, err := os.ReadFile(store)
 	switch {
@@ -75,6 +76,9 @@ func NewFiles(folder, store string, log *slog.Logger, inboxes ...*Inbox) (*Files
 	default:
 		if err := json.Unmarshal(content, &f.assigned); err != nil {
 			return nil, fmt.Errorf("assignments of the last run: %s: %w", store, err)
+		}
+		if f.assigned == nil { // the file says null
+			f.assigned = map[string]assignedAddresses{}
 		}
 	}
 	return f, nil
@@ -123,14 +127,14 @@ func (f *Files) read() {
 		f.log.Error("manifests stay as they were", "error", err)
 		return
 	}
-	maps.DeleteFunc(f.good, func(name string, _ []Object) bool { return !slices.Contains(names, name) })
+	gone := func(name string) bool { return !slices.Contains(names, name) }
+	maps.DeleteFunc(f.good, func(name string, _ []Object) bool { return gone(name) })
+	maps.DeleteFunc(f.told, func(name, _ string) bool { return gone(name) })
+	maps.DeleteFunc(f.twice, func(name, _ string) bool { return gone(name) })
 	for _, name := range names {
 		objects, err := readManifests(name)
 		if err != nil {
-			if f.told[name] != err.Error() {
-				f.log.Error("manifest refused, its last good content stays in use", "error", err)
-				f.told[name] = err.Error()
-			}
+			f.tell(f.told, name, "manifest refused, its last good content stays in use", err)
 			continue
 		}
 		delete(f.told, name)
@@ -138,15 +142,18 @@ func (f *Files) read() {
 	}
 	wanted, origin := map[inboxKey]Object{}, map[inboxKey]string{}
 	for _, name := range names {
+		var twice []error
 		for _, o := range f.good[name] {
 			key := inboxKey{fmt.Sprintf("%T", o), nameOf(o)}
-			if first, twice := origin[key]; twice {
-				f.log.Error("object is there twice, the first one is used", "object", nameOf(o).String(), "first", first, "second", name)
+			if first, ok := origin[key]; ok {
+				twice = append(twice, fmt.Errorf("%s: %s %s is in %s already", name, kindOf(o), nameOf(o), first))
 				continue
 			}
 			wanted[key], origin[key] = o, name
 		}
+		f.tell(f.twice, name, "object is there twice, the first one is used", errors.Join(twice...))
 	}
+	f.forget(wanted)
 	for key, o := range wanted {
 		if old, ok := f.current[key]; !ok || !reflect.DeepEqual(old, o) {
 			f.put(o)
@@ -157,12 +164,53 @@ func (f *Files) read() {
 			for _, i := range f.inboxes {
 				i.Remove(o)
 			}
-			if svc, ok := o.(*corev1.Service); ok {
-				delete(f.assigned, nameOf(svc).String())
-			}
 		}
 	}
 	f.current = wanted
+}
+
+// tell logs what is wrong with a file, once for each new reason.
+func (f *Files) tell(told map[string]string, name, message string, err error) {
+	switch {
+	case err == nil:
+		delete(told, name)
+	case told[name] != err.Error():
+		told[name] = err.Error()
+		f.log.Error(message, "error", err)
+	}
+}
+
+// forget drops the addresses of Services that are no longer there or no longer want any, before they are put anywhere:
+// by the time they are back the addresses may be somebody else's. What a file that cannot be read has in it is not known.
+func (f *Files) forget(wanted map[inboxKey]Object) {
+	if len(f.told) > 0 {
+		return
+	}
+	balanced := map[string]bool{}
+	for _, o := range wanted {
+		if svc, ok := o.(*corev1.Service); ok && svc.Spec.Type == corev1.ServiceTypeLoadBalancer {
+			balanced[nameOf(svc).String()] = true
+		}
+	}
+	before := len(f.assigned)
+	maps.DeleteFunc(f.assigned, func(service string, _ assignedAddresses) bool { return !balanced[service] })
+	if len(f.assigned) != before {
+		if err := f.keep(); err != nil {
+			f.log.Error("addresses of Services that are gone are not forgotten", "error", err)
+		}
+	}
+}
+
+// keep writes the addresses assigned to their file.
+func (f *Files) keep() error {
+	content, err := json.MarshalIndent(f.assigned, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := replaceFile(f.store, content); err != nil {
+		return fmt.Errorf("keep assignments: %w", err)
+	}
+	return nil
 }
 
 // put hands an object on, a Service with the addresses it was given.
@@ -197,12 +245,8 @@ func (f *Files) WriteAddresses(_ context.Context, svc *corev1.Service, addrs []n
 	if len(addrs) > 0 {
 		f.assigned[key] = assignedAddresses{addrs, pool}
 	}
-	content, err := json.MarshalIndent(f.assigned, "", "  ")
-	if err != nil {
+	if err := f.keep(); err != nil {
 		return err
-	}
-	if err := replaceFile(f.store, content); err != nil {
-		return fmt.Errorf("keep assignments: %w", err)
 	}
 	if o, ok := f.current[inboxKey{fmt.Sprintf("%T", svc), nameOf(svc)}]; ok {
 		f.put(o)
@@ -279,24 +323,26 @@ func isEmpty(document []byte) bool {
 
 var strict = serializer.NewCodecFactory(Scheme, serializer.EnableStrict).UniversalDeserializer()
 
+const kindsRead = "standalone reads Service, EndpointSlice, IPAddressPool, L2Advertisement, BGPPeer and BGPAdvertisement"
+
 // decodeManifest reads one object; a field that its kind does not have is an error.
 func decodeManifest(document []byte) (Object, error) {
 	o, _, err := strict.Decode(document, nil, nil)
 	if err != nil {
 		if runtime.IsNotRegisteredError(err) {
-			return nil, fmt.Errorf("%w; standalone reads Service, EndpointSlice, IPAddressPool, L2Advertisement, BGPPeer and BGPAdvertisement", err)
+			return nil, fmt.Errorf("%w; %s", err, kindsRead)
 		}
 		return nil, err
 	}
 	object, ok := o.(Object)
-	if !ok {
-		return nil, fmt.Errorf("%T has no metadata", o)
+	if !ok { // a list
+		return nil, fmt.Errorf("kind %s: %s", o.GetObjectKind().GroupVersionKind().Kind, kindsRead)
 	}
 	if object.GetNamespace() == "" {
 		object.SetNamespace(corev1.NamespaceDefault)
 	}
 	if object.GetName() == "" {
-		return nil, fmt.Errorf("%s: metadata.name is missing", o.GetObjectKind().GroupVersionKind().Kind)
+		return nil, fmt.Errorf("%s: metadata.name is missing", kindOf(object))
 	}
 	switch o := object.(type) {
 	case *corev1.Service:
@@ -312,8 +358,7 @@ func decodeManifest(document []byte) (Object, error) {
 	case *v1beta2.BGPPeer:
 		_, err = config.ParsePeer(o)
 	default:
-		err = fmt.Errorf("kind %s: standalone reads Service, EndpointSlice, IPAddressPool, L2Advertisement, BGPPeer and BGPAdvertisement",
-			o.GetObjectKind().GroupVersionKind().Kind)
+		err = fmt.Errorf("kind %s: %s", kindOf(object), kindsRead)
 	}
 	return object, err
 }
@@ -353,7 +398,7 @@ func completeService(svc *corev1.Service) error {
 	if len(svc.Spec.Ports) == 0 && svc.Spec.Type != corev1.ServiceTypeExternalName {
 		wrong("spec.ports", "", "at least one port is needed")
 	}
-	names := map[string]bool{}
+	names, numbers := map[string]bool{}, map[Port]bool{}
 	for i := range svc.Spec.Ports {
 		p := &svc.Spec.Ports[i]
 		field := fmt.Sprintf("spec.ports[%d]", i)
@@ -371,6 +416,11 @@ func completeService(svc *corev1.Service) error {
 			wrong(field+".name", p.Name, "every port needs a name of its own")
 		}
 		names[p.Name] = true
+		if number := (Port{p.Protocol, p.Port}); numbers[number] {
+			wrong(field, number, "is the port of another one already")
+		} else {
+			numbers[number] = true
+		}
 	}
 	switch svc.Spec.SessionAffinity {
 	case "":
@@ -379,8 +429,10 @@ func completeService(svc *corev1.Service) error {
 	default:
 		wrong("spec.sessionAffinity", svc.Spec.SessionAffinity, "not None or ClientIP")
 	}
-	if seconds := affinitySeconds(svc); seconds < 1 || seconds > 86400 {
-		wrong("spec.sessionAffinityConfig.clientIP.timeoutSeconds", seconds, "not between 1 and 86400")
+	if c := svc.Spec.SessionAffinityConfig; c != nil && c.ClientIP != nil {
+		if seconds := c.ClientIP.TimeoutSeconds; seconds != nil && (*seconds < 1 || *seconds > 86400) {
+			wrong("spec.sessionAffinityConfig.clientIP.timeoutSeconds", *seconds, "not between 1 and 86400")
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -419,6 +471,9 @@ func portText(p *int32) string {
 	}
 	return fmt.Sprint(*p)
 }
+
+// kindOf is the kind of an object that was read from a manifest.
+func kindOf(o Object) string { return o.GetObjectKind().GroupVersionKind().Kind }
 
 // StandaloneNode is the Node that a machine without a cluster is.
 func StandaloneNode(name string, addrs []netip.Addr) *corev1.Node {

@@ -2,18 +2,21 @@ package controller
 
 import (
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
-	"strings"
+	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/longshore-lb/longshore/config"
 	"github.com/longshore-lb/longshore/config/v1beta1"
 )
 
-// goodPools turns IPAddressPools into pools. A pool that was good and is edited into one that is wrong, or that
-// overlaps another, stays as it last was: no Service loses its address to a typing error.
+// goodPools turns IPAddressPools into pools. A pool in use that is edited into one that is wrong, or that overlaps
+// another, stays as it last was, and a new pool never takes the place of one in use: no Service loses its address to a
+// typing error.
 type goodPools struct {
 	last map[types.NamespacedName]*v1beta1.IPAddressPool // as they were when they were last in use
 }
@@ -26,39 +29,73 @@ type refusedPool struct {
 
 // parse returns the pools in use, and the objects that are not used as they are.
 func (g *goodPools) parse(objects map[types.NamespacedName]*v1beta1.IPAddressPool) ([]config.Pool, []refusedPool) {
-	pools, errs := config.ParsePools(sorted(objects))
-	var refused []refusedPool
-	fallback := maps.Clone(objects)
+	inUse := maps.Clone(objects)
+	refused := map[types.NamespacedName]error{}
+	if !compatible(inUse) {
+		inUse, refused = g.accept(objects)
+	}
+	g.last = inUse
+	pools, _ := config.ParsePools(sorted(inUse)) // they are compatible
+	var out []refusedPool
 	for _, o := range sorted(objects) {
-		if slices.ContainsFunc(pools, func(p config.Pool) bool { return p.Name == o.Name }) {
-			continue
-		}
-		refused = append(refused, refusedPool{o, about(o, errs)})
-		if old, ok := g.last[nameOf(o)]; ok {
-			fallback[nameOf(o)] = old
-		} else {
-			delete(fallback, nameOf(o))
+		if err := refused[nameOf(o)]; err != nil {
+			out = append(out, refusedPool{o, err})
 		}
 	}
-	if len(refused) > 0 {
-		pools, _ = config.ParsePools(sorted(fallback))
-	}
-	g.last = map[types.NamespacedName]*v1beta1.IPAddressPool{}
-	for name, o := range fallback {
-		if slices.ContainsFunc(pools, func(p config.Pool) bool { return p.Name == o.Name }) {
-			g.last[name] = o
-		}
-	}
-	return pools, refused
+	return pools, out
 }
 
-// about picks the errors that begin with an object's name.
-func about(o *v1beta1.IPAddressPool, errs []error) error {
-	var own []error
-	for _, err := range errs {
-		if strings.HasPrefix(err.Error(), "IPAddressPool "+nameOf(o).String()+":") {
-			own = append(own, err)
+// accept begins with the forms in use and takes over the present ones that go with them, the oldest first, until no more
+// do: one may make room for another.
+func (g *goodPools) accept(objects map[types.NamespacedName]*v1beta1.IPAddressPool) (inUse map[types.NamespacedName]*v1beta1.IPAddressPool, refused map[types.NamespacedName]error) {
+	inUse = map[types.NamespacedName]*v1beta1.IPAddressPool{}
+	for name := range objects {
+		if last, ok := g.last[name]; ok {
+			inUse[name] = last
 		}
 	}
-	return errors.Join(own...)
+	open := slices.SortedStableFunc(slices.Values(sorted(objects)), func(a, b *v1beta1.IPAddressPool) int {
+		return a.CreationTimestamp.Compare(b.CreationTimestamp.Time)
+	})
+	for progress := true; progress; {
+		progress = false
+		refused = map[types.NamespacedName]error{}
+		var still []*v1beta1.IPAddressPool
+		for _, o := range open {
+			if err := fits(o, inUse); err != nil {
+				refused[nameOf(o)] = err
+				still = append(still, o)
+				continue
+			}
+			inUse[nameOf(o)] = o
+			progress = true
+		}
+		open = still
+	}
+	return inUse, refused
+}
+
+// fits tells why a pool cannot take the place of its namesake among others, nil if it can.
+func fits(o *v1beta1.IPAddressPool, others map[types.NamespacedName]*v1beta1.IPAddressPool) error {
+	for _, other := range sorted(others) {
+		if other.Name == o.Name && other.Namespace != o.Namespace {
+			return fmt.Errorf("IPAddressPool %s: metadata.name: %q: is the name of IPAddressPool %s already", nameOf(o), o.Name, nameOf(other))
+		}
+	}
+	youngest := o.DeepCopy() // of two that overlap the younger one is refused
+	youngest.CreationTimestamp = metav1.NewTime(time.Unix(1<<40, 0))
+	all := maps.Clone(others)
+	all[nameOf(o)] = youngest
+	_, errs := config.ParsePools(sorted(all))
+	return errors.Join(errs...)
+}
+
+// compatible tells whether all pools can be in use as they are.
+func compatible(objects map[types.NamespacedName]*v1beta1.IPAddressPool) bool {
+	names := map[string]bool{}
+	for _, o := range objects {
+		names[o.Name] = true
+	}
+	_, errs := config.ParsePools(sorted(objects))
+	return len(errs) == 0 && len(names) == len(objects)
 }

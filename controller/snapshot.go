@@ -9,6 +9,7 @@ package controller
 import (
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 	"sync"
 
@@ -101,6 +102,7 @@ func nameOf(o metav1.Object) types.NamespacedName {
 type snapshot struct {
 	services     map[types.NamespacedName]*corev1.Service
 	slices       map[types.NamespacedName]map[string]*discoveryv1.EndpointSlice // by Service, then by name
+	serviceOf    map[types.NamespacedName]types.NamespacedName                  // of each EndpointSlice
 	nodes        map[types.NamespacedName]*corev1.Node
 	namespaces   map[types.NamespacedName]*corev1.Namespace
 	serviceCIDRs map[types.NamespacedName]*networkingv1.ServiceCIDR
@@ -114,6 +116,7 @@ func newSnapshot() *snapshot {
 	return &snapshot{
 		services:     map[types.NamespacedName]*corev1.Service{},
 		slices:       map[types.NamespacedName]map[string]*discoveryv1.EndpointSlice{},
+		serviceOf:    map[types.NamespacedName]types.NamespacedName{},
 		nodes:        map[types.NamespacedName]*corev1.Node{},
 		namespaces:   map[types.NamespacedName]*corev1.Namespace{},
 		serviceCIDRs: map[types.NamespacedName]*networkingv1.ServiceCIDR{},
@@ -142,7 +145,9 @@ func (s *snapshot) update(changes []change) touched {
 			keep(s.services, name, o, c.deleted)
 			t.services[name] = struct{}{}
 		case *discoveryv1.EndpointSlice:
-			t.services[s.updateSlice(o, c.deleted)] = struct{}{}
+			for _, service := range s.updateSlice(o, c.deleted) {
+				t.services[service] = struct{}{}
+			}
 		case *corev1.Node:
 			keep(s.nodes, name, o, c.deleted)
 			t.nodes = true
@@ -153,8 +158,8 @@ func (s *snapshot) update(changes []change) touched {
 			keep(s.serviceCIDRs, name, o, c.deleted)
 			t.nodes = true
 		case *v1beta1.IPAddressPool:
+			t.config = t.config || c.deleted || !sameButStatus(s.pools[name], o)
 			keep(s.pools, name, o, c.deleted)
-			t.config = true
 		case *v1beta1.L2Advertisement:
 			keep(s.layer2, name, o, c.deleted)
 			t.config = true
@@ -177,22 +182,33 @@ func keep[T Object](m map[types.NamespacedName]T, name types.NamespacedName, o T
 	}
 }
 
-// updateSlice files an EndpointSlice under the Service it names (label kubernetes.io/service-name).
-func (s *snapshot) updateSlice(o *discoveryv1.EndpointSlice, deleted bool) types.NamespacedName {
-	service := types.NamespacedName{Namespace: o.Namespace, Name: o.Labels[discoveryv1.LabelServiceName]}
-	switch {
-	case !deleted:
-		if s.slices[service] == nil {
-			s.slices[service] = map[string]*discoveryv1.EndpointSlice{}
-		}
-		s.slices[service][o.Name] = o
-	default:
-		delete(s.slices[service], o.Name)
-		if len(s.slices[service]) == 0 {
-			delete(s.slices, service)
+// sameButStatus tells whether a pool differs in nothing that matters here: its counts change with every allocation.
+func sameButStatus(a, b *v1beta1.IPAddressPool) bool {
+	return a != nil && reflect.DeepEqual(a.Spec, b.Spec) && maps.Equal(a.Labels, b.Labels) && a.UID == b.UID
+}
+
+// updateSlice files an EndpointSlice under the Service it names (label kubernetes.io/service-name), and tells which
+// Services it concerns: with another label it leaves one for the other.
+func (s *snapshot) updateSlice(o *discoveryv1.EndpointSlice, deleted bool) []types.NamespacedName {
+	var concerned []types.NamespacedName
+	if was, ok := s.serviceOf[nameOf(o)]; ok {
+		concerned = append(concerned, was)
+		delete(s.serviceOf, nameOf(o))
+		delete(s.slices[was], o.Name)
+		if len(s.slices[was]) == 0 {
+			delete(s.slices, was)
 		}
 	}
-	return service
+	if deleted {
+		return concerned
+	}
+	service := types.NamespacedName{Namespace: o.Namespace, Name: o.Labels[discoveryv1.LabelServiceName]}
+	s.serviceOf[nameOf(o)] = service
+	if s.slices[service] == nil {
+		s.slices[service] = map[string]*discoveryv1.EndpointSlice{}
+	}
+	s.slices[service][o.Name] = o
+	return append(concerned, service)
 }
 
 // slicesOf is the EndpointSlices of a Service in the order of their names.

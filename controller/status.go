@@ -83,7 +83,9 @@ func (a *Agent) status() Status {
 			w.Routes = nil
 		}
 		for _, r := range w.Routes {
-			v.Prefixes = append(v.Prefixes, r.Prefix.String())
+			if p := r.Prefix.String(); !slices.Contains(v.Prefixes, p) {
+				v.Prefixes = append(v.Prefixes, p)
+			}
 			for _, p := range established {
 				if (len(r.Peers) == 0 || slices.Contains(r.Peers, p)) && !slices.Contains(v.Peers, p) {
 					v.Peers = append(v.Peers, p)

@@ -68,7 +68,20 @@ func TestWithoutIPVS(t *testing.T) {
 		t.Errorf("longshore ipvsadm -Ln with the module on disk: %v: %s", err, out)
 	}
 	removeIPVS(t)
-	// Without the files of the modules it cannot.
+	// Without the files of the modules, and without the program by which the kernel loads them itself, it cannot.
+	const helper = "/proc/sys/kernel/modprobe"
+	program, err := os.ReadFile(helper)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(helper, []byte("/nonexistent"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := os.WriteFile(helper, program, 0o644); err != nil {
+			t.Error(err)
+		}
+	}()
 	command := exec.Command("unshare", "--mount", "sh", "-c", "mount -t tmpfs none /lib/modules && exec "+binary+" ipvsadm -Ln")
 	out, err := command.CombinedOutput()
 	for _, want := range []string{"no IPVS", "module ip_vs", "modprobe ip_vs"} {

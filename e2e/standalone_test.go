@@ -113,13 +113,17 @@ func TestStandalone(t *testing.T) {
 
 	// One server goes.
 	write("endpoints.yaml", endpoints("web-lan", "172.31.0.13")+endpoints("web-routed", "172.31.0.12", "172.31.0.13"))
-	await(t, "one real server", func(ctx context.Context) error {
-		out, err := n1.Run(ctx, binary, "ipvsadm", "-Ln", "-t", lan.String())
-		if err == nil && strings.Count(out, "Masq") != 1 {
-			err = errors.New(out)
-		}
-		return err
-	})
+	awaitReals := func(want int) {
+		t.Helper()
+		await(t, fmt.Sprintf("%d real servers", want), func(ctx context.Context) error {
+			out, err := n1.Run(ctx, binary, "ipvsadm", "-Ln", "-t", lan.String())
+			if err == nil && strings.Count(out, "Masq") != want {
+				err = errors.New(out)
+			}
+			return err
+		})
+	}
+	awaitReals(1)
 	if a := awaitAnswer(t, l.Client, "tcp", lan); a.Pod != "server-n3" {
 		t.Errorf("%s answered", a.Pod)
 	}
@@ -141,6 +145,7 @@ func TestStandalone(t *testing.T) {
 	}
 	write("another.yaml", strings.ReplaceAll(manifests[strings.LastIndex(manifests[:strings.Index(manifests, "name: web-routed")], "---"):], "name: web-routed, annotations: {metallb.io/address-pool: routed}", "name: another"))
 	start()
+	awaitReals(2) // until then the kernel serves what it was told before
 	spread(t, l.Client, "tcp", lan, 2)
 	if a := awaitAnswer(t, l.Client, "tcp", netip.MustParseAddrPort("172.31.0.201:80")); a.Pod != "server-n2" {
 		t.Errorf("the new Service is served by %s", a.Pod)

@@ -27,42 +27,64 @@ type Conflict struct {
 
 // Replace sets what an owner wants (the zero State: nothing) and returns the operations that follow from it.
 func (d *Desired) Replace(owner string, wish State) []Operation {
+	return d.ReplaceAll(map[string]State{owner: wish})
+}
+
+// ReplaceAll is [Desired.Replace] for several owners at once. What one of them lets go and another one takes over is
+// never without an owner, so that a frontend which changes hands keeps its virtual server. Owners that ask for the
+// same come in the order of their names.
+func (d *Desired) ReplaceAll(wishes map[string]State) []Operation {
 	if d.wishes == nil {
 		d.wishes = map[string]State{}
 		d.claims = map[Frontend][]string{}
 		d.routes = map[netip.Prefix][]string{}
 		d.prefixes = map[Element]int{}
 	}
-	old := d.wishes[owner]
-	before := d.part(old, wish)
-	for e := range old.Elements {
-		if e.Prefix.IsValid() {
-			if d.prefixes[e]--; d.prefixes[e] == 0 {
-				delete(d.prefixes, e)
-			}
+	var mentioned []State
+	for owner, wish := range wishes {
+		mentioned = append(mentioned, d.wishes[owner], wish)
+	}
+	before := d.part(mentioned)
+	for owner, wish := range wishes {
+		old := d.wishes[owner]
+		leave(d.claims, owner, old.VirtualServers, wish.VirtualServers)
+		leave(d.routes, owner, old.Routes, wish.Routes)
+		for e := range old.Elements {
+			d.count(e, -1)
 		}
 	}
-	for e := range wish.Elements {
-		if e.Prefix.IsValid() {
-			d.prefixes[e]++
+	for _, owner := range slices.Sorted(maps.Keys(wishes)) {
+		old, wish := d.wishes[owner], wishes[owner]
+		join(d.claims, owner, old.VirtualServers, wish.VirtualServers)
+		join(d.routes, owner, old.Routes, wish.Routes)
+		for e := range wish.Elements {
+			d.count(e, 1)
+		}
+		if wish.empty() {
+			delete(d.wishes, owner)
+		} else {
+			d.wishes[owner] = wish
 		}
 	}
-	reclaim(d.routes, owner, old.Routes, wish.Routes)
-	reclaim(d.claims, owner, old.VirtualServers, wish.VirtualServers)
-	if wish.empty() {
-		delete(d.wishes, owner)
-	} else {
-		d.wishes[owner] = wish
+	return Diff(before, d.part(mentioned))
+}
+
+// count notes that one more owner, or one less, wants an element by prefix.
+func (d *Desired) count(e Element, n int) {
+	if !e.Prefix.IsValid() {
+		return
 	}
-	return Diff(before, d.part(old, wish))
+	if d.prefixes[e] += n; d.prefixes[e] == 0 {
+		delete(d.prefixes, e)
+	}
 }
 
 func (s State) empty() bool {
 	return len(s.VirtualServers) == 0 && len(s.Routes) == 0 && len(s.Elements) == 0
 }
 
-// reclaim takes owner out of the lines it leaves and puts it at the end of those it joins.
-func reclaim[K comparable, V any](claims map[K][]string, owner string, old, wish map[K]V) {
+// leave takes an owner out of the lines of what it no longer wants.
+func leave[K comparable, V any](claims map[K][]string, owner string, old, wish map[K]V) {
 	for k := range old {
 		if _, stays := wish[k]; stays {
 			continue
@@ -74,6 +96,10 @@ func reclaim[K comparable, V any](claims map[K][]string, owner string, old, wish
 			claims[k] = line
 		}
 	}
+}
+
+// join puts an owner at the end of the lines of what it newly wants.
+func join[K comparable, V any](claims map[K][]string, owner string, old, wish map[K]V) {
 	for k := range wish {
 		if _, had := old[k]; !had {
 			claims[k] = append(claims[k], owner)
@@ -81,10 +107,10 @@ func reclaim[K comparable, V any](claims map[K][]string, owner string, old, wish
 	}
 }
 
-// part is the desired state, as it is now, of all that the two wishes mention.
-func (d *Desired) part(a, b State) State {
+// part is the desired state, as it is now, of all that some wishes mention.
+func (d *Desired) part(wishes []State) State {
 	var s State
-	for _, w := range [2]State{a, b} {
+	for _, w := range wishes {
 		for f := range w.VirtualServers {
 			d.addFrontend(&s, f)
 		}

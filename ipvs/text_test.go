@@ -183,7 +183,7 @@ func addCommand(t *testing.T, table *ipvs.Table, args []string) {
 		case "--pe":
 			v.Engine = value
 		case "-b":
-			for _, name := range strings.Split(value, ",") {
+			for name := range strings.SplitSeq(value, ",") {
 				v.Flags |= map[string]ipvs.Flags{
 					"sh-fallback": ipvs.SchedFlag1, "mh-fallback": ipvs.SchedFlag1, "flag-1": ipvs.SchedFlag1,
 					"sh-port": ipvs.SchedFlag2, "mh-port": ipvs.SchedFlag2, "flag-2": ipvs.SchedFlag2,

@@ -415,7 +415,9 @@ func (b *bird) routes() (map[string]route, error) {
 		case "BGP.next_hop":
 			r.NextHop, _, _ = strings.Cut(value, " ")
 		case "BGP.local_pref":
-			fmt.Sscan(value, &r.LocalPref)
+			if _, err := fmt.Sscan(value, &r.LocalPref); err != nil {
+				return nil, fmt.Errorf("local preference %q of %s: %w", value, prefix, err)
+			}
 		case "BGP.community":
 			r.Communities = value
 		case "BGP.large_community":

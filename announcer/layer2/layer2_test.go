@@ -16,9 +16,10 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"go.uber.org/goleak"
+
 	"github.com/longshore-lb/longshore/announcer"
 	"github.com/longshore-lb/longshore/announcer/layer2"
-	"go.uber.org/goleak"
 )
 
 // nodeEnv, if set, makes the test binary a node: a Responder with this refresh interval, driven by lines on standard
@@ -67,7 +68,7 @@ func runNode(refresh string) error {
 	for {
 		select {
 		case err := <-ended:
-			return fmt.Errorf("Run returned early: %v", err)
+			return fmt.Errorf("Run returned early: %w", err)
 		case c := <-r.Conflicts():
 			fmt.Println("conflict", c.Addr, c.Interface, c.HardwareAddr)
 		case <-r.Changed():
@@ -88,7 +89,7 @@ func runNode(refresh string) error {
 				return goleak.Find()
 			}
 			var addrs []announcer.Address
-			for _, f := range strings.Fields(line) {
+			for f := range strings.FieldsSeq(line) {
 				addr, links, named := strings.Cut(f, "@")
 				a := announcer.Address{Addr: netip.MustParseAddr(addr)}
 				if named {
@@ -179,7 +180,7 @@ func (ns namespace) neighbour(addr string) string {
 // resolves has the namespace's kernel resolve an address by sending to it.
 func (ns namespace) resolves(addr, mac string) {
 	ns.t.Helper()
-	ns.try("ip neigh del " + addr + " dev eth0")
+	_, _ = ns.try("ip neigh del " + addr + " dev eth0")
 	eventually(ns.t, func() string {
 		// A datagram to the discard port. Nobody takes it: the address is on no link.
 		run(ns.t, "ip", "netns", "exec", ns.name, "bash", "-c", "echo >/dev/udp/"+addr+"/9")
@@ -274,7 +275,7 @@ func startNode(t *testing.T, ns namespace, refresh time.Duration) *node {
 			case "status":
 				var s []layer2.Announcement
 				if err := json.Unmarshal([]byte(rest), &s); err != nil {
-					rest = err.Error()
+					t.Errorf("node %s: status %s: %v", ns.name, rest, err)
 				}
 				n.statuses <- s
 			case "conflict":

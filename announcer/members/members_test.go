@@ -16,8 +16,9 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/longshore-lb/longshore/announcer/members"
 	"go.uber.org/goleak"
+
+	"github.com/longshore-lb/longshore/announcer/members"
 )
 
 // childEnv, if set, makes the test binary one agent, "name address peer,peer", that runs until it is killed.

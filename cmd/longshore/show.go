@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,8 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"time"
-
-	"context"
 
 	"github.com/spf13/cobra"
 

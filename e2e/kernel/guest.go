@@ -22,7 +22,7 @@ func Init() {
 	}
 	fmt.Println("init:", guest()) // on the console that the host keeps
 	unix.Sync()
-	unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 	select {}
 }
 
@@ -337,19 +337,19 @@ func (s *streams) receive(w *wire, p *os.Process) {
 	for {
 		msg, err := w.receive()
 		if err != nil {
-			unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+			_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 		}
 		switch msg.Kind {
 		case kindInput:
-			s.input.Write(msg.Data) // a program that does not read its input may lose it
+			_, _ = s.input.Write(msg.Data) // a program that does not read its input may lose it
 		case kindInputEnd:
 			if s.input != s.output {
 				s.input.Close()
 			}
 		case kindResize:
-			unix.IoctlSetWinsize(int(s.input.Fd()), unix.TIOCSWINSZ, &msg.Size)
+			_ = unix.IoctlSetWinsize(int(s.input.Fd()), unix.TIOCSWINSZ, &msg.Size)
 		case kindSignal:
-			unix.Kill(p.Pid, unix.Signal(msg.Number))
+			_ = unix.Kill(p.Pid, unix.Signal(msg.Number))
 		}
 	}
 }

@@ -316,7 +316,7 @@ func (s *session) run(m Machine, img image) (status int, err error) {
 	if c.Terminal != nil {
 		j.Terminal, j.Size = true, windowSize(c.Terminal)
 	}
-	go s.wire.send(message{Kind: kindJob, Job: j}) // no one reads it until the guest is up
+	go func() { _ = s.wire.send(message{Kind: kindJob, Job: j}) }() // no one reads it until the guest is up
 
 	for {
 		msg, err := s.wire.receive()
@@ -364,14 +364,14 @@ func (s *session) passOn() (stop func(), err error) {
 		if err != nil {
 			return nil, fmt.Errorf("make the terminal raw: %w", err)
 		}
-		input, restore = t, func() { term.Restore(int(t.Fd()), state) }
+		input, restore = t, func() { _ = term.Restore(int(t.Fd()), state) }
 	}
 	go func() {
 		if input != nil {
 			// An error ends the input as its end does; the machine's own end is found by receive.
-			io.Copy(sender{s.wire, kindInput}, input)
+			_, _ = io.Copy(sender{s.wire, kindInput}, input)
 		}
-		s.wire.send(message{Kind: kindInputEnd})
+		_ = s.wire.send(message{Kind: kindInputEnd})
 	}()
 
 	signals := make(chan os.Signal, 8)
@@ -380,9 +380,9 @@ func (s *session) passOn() (stop func(), err error) {
 		for sig := range signals {
 			switch {
 			case sig == unix.SIGQUIT:
-				s.wire.send(message{Kind: kindSignal, Number: int(unix.SIGQUIT)})
+				_ = s.wire.send(message{Kind: kindSignal, Number: int(unix.SIGQUIT)})
 			case s.command.Terminal != nil:
-				s.wire.send(message{Kind: kindResize, Size: windowSize(s.command.Terminal)})
+				_ = s.wire.send(message{Kind: kindResize, Size: windowSize(s.command.Terminal)})
 			}
 		}
 	}()

@@ -7,8 +7,9 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"github.com/longshore-lb/longshore/ipvs"
 	"golang.org/x/sys/unix"
+
+	"github.com/longshore-lb/longshore/ipvs"
 )
 
 // tableName is the name of our nftables table in each family; nothing in a table of that name is anybody else's.

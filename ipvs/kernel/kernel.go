@@ -13,10 +13,11 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/longshore-lb/longshore/ipvs"
 	"github.com/u-root/u-root/pkg/kmodule"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/longshore-lb/longshore/ipvs"
 )
 
 // Kernel is the data plane of one network namespace. It is safe for concurrent use.

@@ -11,9 +11,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-	"github.com/longshore-lb/longshore/ipvs"
 	moby "github.com/moby/ipvs"
 	"github.com/vishvananda/netns"
+
+	"github.com/longshore-lb/longshore/ipvs"
 )
 
 // open gives a Kernel in a network namespace of the test's own.

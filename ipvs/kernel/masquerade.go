@@ -7,9 +7,10 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"github.com/longshore-lb/longshore/ipvs"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/longshore-lb/longshore/ipvs"
 )
 
 // Keys of a ct expression (enum nft_ct_keys, include/uapi/linux/netfilter/nf_tables.h): the destination address of a

@@ -5,9 +5,10 @@ import (
 	"net"
 	"net/netip"
 
-	"github.com/longshore-lb/longshore/ipvs"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/longshore-lb/longshore/ipvs"
 )
 
 // routeProtocol marks the routes that are ours (rtm_protocol; values from 192 on are free for private use,

@@ -6,8 +6,9 @@ import (
 	"fmt"
 	"net/netip"
 
-	"github.com/longshore-lb/longshore/ipvs"
 	"golang.org/x/sys/unix"
+
+	"github.com/longshore-lb/longshore/ipvs"
 )
 
 // encodeOperation is the request for an operation on a virtual or real server.
