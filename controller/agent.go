@@ -90,6 +90,7 @@ type Agent struct {
 	AgentOptions
 	ready   atomic.Bool
 	queries chan func()
+	metrics *metrics
 
 	// All of what follows belongs to Run.
 	snapshot  *snapshot
@@ -121,6 +122,7 @@ func NewAgent(o AgentOptions) *Agent {
 	return &Agent{
 		AgentOptions: o,
 		queries:      make(chan func()),
+		metrics:      newMetrics(),
 		snapshot:     newSnapshot(),
 		services:     map[types.NamespacedName]*served{},
 		crossed:      map[types.NamespacedName]struct{}{},
@@ -209,7 +211,10 @@ func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged
 		a.Log.Error("kernel operation failed", "error", f.Err)
 	}
 	a.ready.Store(len(a.failures) == 0)
+	a.metrics.count(ops, a.failures)
 	a.announce()
+	a.metrics.services.Set(float64(len(a.services)))
+	a.metrics.announced.Set(float64(len(a.announced)))
 	if len(ops) > 0 {
 		a.Log.Info("kernel updated", "operations", len(ops), "failed", len(a.failures))
 	}

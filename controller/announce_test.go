@@ -84,7 +84,7 @@ func with(localPref uint32, communities ...string) func(*announcer.Route) {
 var prefixByValue = cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })
 
 // TestAnnounce decides for Service default/web on node n2. All three nodes may announce unless said otherwise; among
-// all of them 192.0.2.1 is n3's (announcer.Elect), 192.0.2.2 too.
+// all of them 192.0.2.1 is that of n3 (announcer.Elect).
 func TestAnnounce(t *testing.T) {
 	everyNode := map[string]labels.Set{"n1": {"rack": "a"}, "n2": {"rack": "b"}, "n3": {"rack": "b", "fast": "yes"}}
 	red := testPool(t, "red", "192.0.2.0/28 fd00::/124", func(p *config.Pool) { p.Labels = labels.Set{"tier": "gold"} })

@@ -88,6 +88,7 @@ func Translate(svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice,
 	if len(svc.Spec.LoadBalancerSourceRanges) > 0 {
 		t.problem("Unsupported", "spec.loadBalancerSourceRanges: %q is not served yet: every source may connect", svc.Spec.LoadBalancerSourceRanges)
 	}
+	families := familiesOf(svc)
 	for i := range svc.Spec.Ports {
 		port := &svc.Spec.Ports[i]
 		protocol, ok := protocols[cmp.Or(port.Protocol, corev1.ProtocolTCP)]
@@ -100,6 +101,9 @@ func Translate(svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice,
 			t.realServers(endpointSlices, port, discoveryv1.AddressTypeIPv6, svc.Spec.PublishNotReadyAddresses),
 		}
 		serve := func(addr netip.Addr, number int32, vip, masquerade bool) {
+			if !families[addr.Is6()] {
+				return // such as a node's IPv6 address for a Service of IPv4 only
+			}
 			t.serve(ipvs.At(protocol, netip.AddrPortFrom(addr, uint16(number))), reals, vip, masquerade)
 		}
 		for _, addr := range clusterIPs(svc) {
@@ -228,6 +232,18 @@ func clusterIPs(svc *corev1.Service) []netip.Addr {
 		all = []string{svc.Spec.ClusterIP}
 	}
 	return addresses(all)
+}
+
+// familiesOf tells which families a Service has: true is IPv6.
+func familiesOf(svc *corev1.Service) map[bool]bool {
+	families := map[bool]bool{}
+	for _, f := range svc.Spec.IPFamilies {
+		families[f == corev1.IPv6Protocol] = true
+	}
+	for _, addr := range clusterIPs(svc) {
+		families[addr.Is6()] = true
+	}
+	return families
 }
 
 func externalIPs(svc *corev1.Service) []netip.Addr { return addresses(svc.Spec.ExternalIPs) }

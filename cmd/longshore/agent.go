@@ -142,6 +142,9 @@ func startAgent(ctx context.Context, group *errgroup.Group, o controller.AgentOp
 	if o.Config.HealthAddress != "" {
 		group.Go(func() error { return agent.ServeHealth(ctx, o.Config.HealthAddress, o.Log) })
 	}
+	if o.Config.MetricsAddress != "" {
+		group.Go(func() error { return agent.ServeMetrics(ctx, o.Config.MetricsAddress) })
+	}
 	group.Go(func() error {
 		for {
 			select {

@@ -249,20 +249,22 @@ func (d *demo) awaitNextHops(ctx context.Context, addr netip.Addr, count int) er
 }
 
 func (d *demo) spread(ctx context.Context) error {
-	for name, from := range map[string]*lab.Host{"web-lan": d.lab.Client, "web-routed": d.lab.Outside} {
-		at, err := d.address(ctx, name)
-		if err != nil {
-			return err
-		}
-		d.step("30 requests from %s to %s (%s)", from.Name, at, name)
-		if err := d.ask(ctx, from, at); err != nil {
-			return err
-		}
-		if err := d.requests(ctx, from, at, 6); err != nil {
-			return err
-		}
+	if err := d.spreadFrom(ctx, d.lab.Client, "web-lan"); err != nil {
+		return err
 	}
-	return nil
+	return d.spreadFrom(ctx, d.lab.Outside, "web-routed")
+}
+
+func (d *demo) spreadFrom(ctx context.Context, from *lab.Host, service string) error {
+	at, err := d.address(ctx, service)
+	if err != nil {
+		return err
+	}
+	d.step("30 requests from %s to %s (%s)", from.Name, at, service)
+	if err := d.ask(ctx, from, at); err != nil {
+		return err
+	}
+	return d.requests(ctx, from, at, 6)
 }
 
 // requests sends 30 requests and prints which pods answered; so many of them must have.
