@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -80,8 +81,9 @@ type AgentOptions struct {
 // How long the agent waits: before it tries again what the kernel refused, and at its start for the other agents to
 // be heard of. Until then it takes every node for alive, so that it does not claim addresses that others announce.
 const (
-	retryAfter  = 5 * time.Second
-	settleAfter = 5 * time.Second
+	retryAfter        = 5 * time.Second
+	retryForeignAfter = time.Minute // somebody else's virtual server is in the way
+	settleAfter       = 5 * time.Second
 )
 
 // Agent brings Services into the kernel of one node and their addresses onto the network. What it does in one pass is
@@ -101,6 +103,7 @@ type Agent struct {
 	network   NetworkView
 	peers     []config.Peer
 	settled   bool
+	stale     bool // the configuration could not be read whole, such as a password
 	pools     goodPools
 	refused   []string       // why objects of group metallb.io are not in use
 	announced []Announced    // as it was last told to the network
@@ -129,7 +132,8 @@ func NewAgent(o AgentOptions) *Agent {
 	}
 }
 
-// Ready tells whether all that is desired was in the kernel after the last pass.
+// Ready tells whether all that is desired was in the kernel after the last pass. Frontends that somebody else has a
+// virtual server for do not count: no retry and no restart would change that.
 func (a *Agent) Ready() bool { return a.ready.Load() }
 
 // Run works until ctx ends, and leaves the kernel as it then is: connections go on without the agent. It returns an
@@ -173,8 +177,11 @@ func (a *Agent) Run(ctx context.Context) error {
 			continue
 		}
 		full = len(a.failures) > 0
-		if full {
+		switch {
+		case !a.Ready() || a.stale:
 			retry.Reset(retryAfter)
+		case full:
+			retry.Reset(retryForeignAfter)
 		}
 	}
 }
@@ -196,10 +203,10 @@ func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged
 	}
 	a.withdraw(t.services)
 	if full {
-		observed, err := a.DataPlane.Observe()
+		observed, err := a.adopt()
 		if err != nil {
 			a.ready.Store(false)
-			return fmt.Errorf("observe the kernel: %w", err)
+			return err
 		}
 		ops = ipvs.Diff(observed, a.desired.State())
 	}
@@ -210,7 +217,7 @@ func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged
 	for _, f := range a.failures {
 		a.Log.Error("kernel operation failed", "error", f.Err)
 	}
-	a.ready.Store(len(a.failures) == 0)
+	a.ready.Store(!slices.ContainsFunc(a.failures, func(f ipvs.Failure) bool { return !errors.Is(f.Err, ipvs.ErrForeign) }))
 	a.metrics.count(ops, a.failures)
 	a.announce()
 	a.metrics.services.Set(float64(len(a.services)))
@@ -219,6 +226,18 @@ func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged
 		a.Log.Info("kernel updated", "operations", len(ops), "failed", len(a.failures))
 	}
 	return nil
+}
+
+// adopt reads what is ours in the kernel, and first mends what all Services share: somebody may have flushed nftables.
+func (a *Agent) adopt() (ipvs.State, error) {
+	if err := a.DataPlane.Prepare(); err != nil {
+		return ipvs.State{}, fmt.Errorf("prepare the kernel: %w", err)
+	}
+	observed, err := a.DataPlane.Observe()
+	if err != nil {
+		return ipvs.State{}, fmt.Errorf("observe the kernel: %w", err)
+	}
+	return observed, nil
 }
 
 // updateViews derives the node's and the network's view from the objects where they changed, and tells whether the
@@ -354,6 +373,7 @@ func (a *Agent) updateConfig(ctx context.Context) {
 		refused = append(refused, err.Error())
 	}
 	defer func() { a.refused = refused }()
+	a.stale = false
 	var poolErrs []refusedPool
 	a.network.Pools, poolErrs = a.pools.parse(a.snapshot.pools) // the cluster's loop sends the events about pools
 	for _, r := range poolErrs {
@@ -382,7 +402,10 @@ func (a *Agent) updateConfig(ctx context.Context) {
 			if a.Password == nil {
 				err = fmt.Errorf("BGPPeer %s: spec.passwordSecret: %q: there are no Secrets without a cluster, write spec.password", nameOf(o), peer.PasswordSecret)
 			} else {
-				peer.Password, err = a.Password(ctx, peer.PasswordSecret)
+				if peer.Password, err = a.Password(ctx, peer.PasswordSecret); err != nil {
+					err = fmt.Errorf("BGPPeer %s: spec.passwordSecret: %w", nameOf(o), err)
+					a.stale = true
+				}
 			}
 		}
 		if err != nil {

@@ -45,6 +45,7 @@ type Cluster struct {
 	// All of what follows belongs to Run.
 	snapshot *snapshot
 	alloc    *Allocator
+	whole    bool // there are pools, and all of them are in use
 	pools    goodPools
 	told     map[types.NamespacedName]string // the last event about a Service that is in trouble
 	refused  map[types.NamespacedName]string // the last event about a pool that is not in use as it is
@@ -88,8 +89,14 @@ func (c *Cluster) pass(ctx context.Context, t touched) (unwritten map[types.Name
 	if t.config {
 		pools, refused := c.pools.parse(c.snapshot.pools)
 		c.reportPools(refused)
+		c.whole = len(pools) > 0 && len(refused) == 0
 		for _, key := range c.alloc.SetPools(pools) {
 			t.services[parseKey(key)] = struct{}{}
+		}
+		for name, svc := range c.snapshot.services { // an address may be in another pool now
+			if got, holds := c.alloc.Assigned(name.String()); holds && got.Pool != svc.Annotations[AllocatedFromAnnotation] {
+				t.services[name] = struct{}{}
+			}
 		}
 	}
 	if t.namespaces { // a label of a namespace may open or close pools
@@ -198,6 +205,11 @@ func (c *Cluster) settle(ctx context.Context, svc *corev1.Service) error {
 		return nil
 	}
 	had := ingressIPs(svc)
+	if _, holds := c.alloc.Assigned(name.String()); !holds && len(had) > 0 && !c.whole {
+		// Its pool may be one that cannot be used as it is, or be yet to come: no address is lost to that.
+		c.warn(svc, fmt.Errorf("%s stays, though no pool in use has it, because not all pools can be used", quoted(had)))
+		return nil
+	}
 	got, err := c.alloc.Assign(r)
 	if err != nil {
 		c.warn(svc, err)

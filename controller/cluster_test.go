@@ -224,7 +224,7 @@ func TestClusterRestart(t *testing.T) {
 		s.start()
 		s.expect("restart with a broken file", services{})
 		s.said("restart with a broken file",
-			`msg="manifest refused, its last good content stays in use" error="services.yaml: document 1: Object 'apiVersion' is missing in 'kind: Servise'"`)
+			`msg="manifest refused, its last good content stays in use" error="services.yaml: document 1: apiVersion is missing"`)
 		s.write("services.yaml", wish("b", 80, "")+wish("c", 80, ""))
 		s.expect("mended", services{"b": "192.0.2.15 red", "c": "192.0.2.9 red"})
 		s.said("mended")
@@ -314,14 +314,21 @@ func TestClusterPools(t *testing.T) {
 		s.expect("a is moved onto m", start)
 		s.said("a is moved onto m", `Warning event on default/a: ConfigurationRefused: IPAddressPool default/a: spec.addresses[0]: "192.0.2.16/32": overlaps 192.0.2.16/30 of IPAddressPool m`)
 
-		// m makes room: a gets its place, and who no longer fits moves.
+		// m makes room: pool a gets its place and Service a with it, and who no longer fits goes.
 		s.write("m-pool.yaml", poolManifest("m", "192.0.2.17-192.0.2.18"))
-		s.expect("m makes room", services{"a": "192.0.2.17 m", "b": "192.0.2.18 m", "c": ""})
+		s.expect("m makes room", services{"a": "192.0.2.16 a", "b": "192.0.2.18 m", "c": ""})
 		s.said("m makes room",
-			`Normal event on default/a: IPAllocated: assigned IP ["192.0.2.17"] from pool m`,
 			`Warning event on default/c: AllocationFailed: annotation metallb.io/loadBalancerIPs: "192.0.2.99" is in no pool`,
 			`Warning event on default/c: ClearAssignment: IP ["192.0.2.99"] is no longer assigned`,
 		)
+		s.write("m-pool.yaml", poolManifest("m", "192.0.2.20-192.0.2.21"))
+		s.expect("m moves", services{"a": "192.0.2.16 a", "b": "", "c": ""})
+		s.write("b.yaml", wish("b", 80, ""))
+		s.expect("b takes what there is", services{"a": "192.0.2.16 a", "b": "192.0.2.20 m", "c": ""})
+		s.log.happened()
+		s.write("m-pool.yaml", poolManifest("m", "192.0.2.24-192.0.2.25"))
+		s.expect("m moves again and b with it", services{"a": "192.0.2.16 a", "b": "192.0.2.24 m", "c": ""})
+		s.said("m moves again and b with it", `Normal event on default/b: IPAllocated: assigned IP ["192.0.2.24"] from pool m`)
 		s.write("m-pool.yaml", "", "more.yaml", "")
 		s.expect("no pools", services{"a": "", "b": "", "c": ""})
 	})

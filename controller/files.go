@@ -328,10 +328,15 @@ const kindsRead = "standalone reads Service, EndpointSlice, IPAddressPool, L2Adv
 // decodeManifest reads one object; a field that its kind does not have is an error.
 func decodeManifest(document []byte) (Object, error) {
 	o, _, err := strict.Decode(document, nil, nil)
-	if err != nil {
-		if runtime.IsNotRegisteredError(err) {
-			return nil, fmt.Errorf("%w; %s", err, kindsRead)
-		}
+	switch {
+	case err == nil:
+	case runtime.IsMissingKind(err): // the error would have the whole document in it
+		return nil, errors.New("kind is missing")
+	case runtime.IsMissingVersion(err):
+		return nil, errors.New("apiVersion is missing")
+	case runtime.IsNotRegisteredError(err):
+		return nil, fmt.Errorf("%w; %s", err, kindsRead)
+	default:
 		return nil, err
 	}
 	object, ok := o.(Object)

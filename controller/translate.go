@@ -101,7 +101,7 @@ func Translate(svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice,
 			t.realServers(endpointSlices, port, discoveryv1.AddressTypeIPv6, svc.Spec.PublishNotReadyAddresses),
 		}
 		serve := func(addr netip.Addr, number int32, vip, masquerade bool) {
-			if !families[addr.Is6()] {
+			if !slices.Contains(families, familyOf(addr)) {
 				return // such as a node's IPv6 address for a Service of IPv4 only
 			}
 			t.serve(ipvs.At(protocol, netip.AddrPortFrom(addr, uint16(number))), reals, vip, masquerade)
@@ -232,18 +232,6 @@ func clusterIPs(svc *corev1.Service) []netip.Addr {
 		all = []string{svc.Spec.ClusterIP}
 	}
 	return addresses(all)
-}
-
-// familiesOf tells which families a Service has: true is IPv6.
-func familiesOf(svc *corev1.Service) map[bool]bool {
-	families := map[bool]bool{}
-	for _, f := range svc.Spec.IPFamilies {
-		families[f == corev1.IPv6Protocol] = true
-	}
-	for _, addr := range clusterIPs(svc) {
-		families[addr.Is6()] = true
-	}
-	return families
 }
 
 func externalIPs(svc *corev1.Service) []netip.Addr { return addresses(svc.Spec.ExternalIPs) }

@@ -2,6 +2,7 @@ package ipvs
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -40,6 +41,9 @@ type Operation struct {
 	Route         netip.Prefix
 	Source        netip.Addr // of a route
 }
+
+// ErrForeign says that a virtual server is there already and is somebody else's. It is left alone.
+var ErrForeign = errors.New("a virtual server that is not longshore's is there already")
 
 // Failure is an operation that could not be done.
 type Failure struct {

@@ -33,7 +33,8 @@ type L2AdvertisementSpec struct {
 	// +optional
 	NodeSelectors []metav1.LabelSelector `json:"nodeSelectors,omitempty"`
 
-	// Names of the links to answer on; none means every usable one. A node without any of them is no candidate.
+	// Names of the links to answer on; none means every usable one. The election of the
+	// node does not look at them: select nodes that have them.
 	// +optional
 	Interfaces []string `json:"interfaces,omitempty"`
 

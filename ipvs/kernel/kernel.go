@@ -29,7 +29,8 @@ type Kernel struct {
 	routes   *netlink.Handle
 	loopback int
 
-	schedulers map[string]bool // those whose module was asked for
+	schedulers map[string]bool        // those whose module was asked for
+	owned      map[ipvs.Frontend]bool // virtual servers known as ours, should our tables be flushed by somebody
 }
 
 // Open connects to the kernel and loads what IPVS needs if it may. It changes nothing else, so it serves
@@ -49,7 +50,7 @@ func Open(log *slog.Logger) (*Kernel, error) {
 			return nil, fmt.Errorf("module ip_vs was loaded, but: %w", err)
 		}
 	}
-	k := &Kernel{log: log, genl: g, schedulers: map[string]bool{}}
+	k := &Kernel{log: log, genl: g, schedulers: map[string]bool{}, owned: map[ipvs.Frontend]bool{}}
 	if k.routes, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return nil, fmt.Errorf("open rtnetlink: %w", err)
 	}
@@ -124,9 +125,10 @@ func (k *Kernel) Observe() (ipvs.State, error) {
 		return s, err
 	}
 	for _, v := range t.Services {
-		if _, ours := s.Elements[ipvs.Element{Set: ipvs.Frontends, Frontend: v.VirtualServer.Frontend}]; !ours {
+		if _, ours := s.Elements[ipvs.Element{Set: ipvs.Frontends, Frontend: v.Frontend}]; !ours && !k.owned[v.Frontend] {
 			continue
 		}
+		k.owned[v.Frontend] = true
 		s.AddVirtualServer(v.VirtualServer)
 		for _, r := range v.RealServers {
 			s.AddVirtualServer(v.VirtualServer, r.RealServer)
@@ -134,9 +136,6 @@ func (k *Kernel) Observe() (ipvs.State, error) {
 	}
 	return s, nil
 }
-
-// ErrForeign says that a virtual server is there already and is somebody else's. It was left alone.
-var ErrForeign = errors.New("a virtual server that is not longshore's is there already")
 
 // Apply does the operations in their order and returns those that failed; the others are done. Elements of
 // sets go in one transaction for a run of them, virtual and real servers in batches.
@@ -165,6 +164,7 @@ func (k *Kernel) Apply(ops []ipvs.Operation) []ipvs.Failure {
 		}
 		for i, err := range errs {
 			if err = settled(run[i], err); err == nil {
+				k.note(run[i])
 				continue
 			}
 			failed = append(failed, ipvs.Failure{Operation: run[i], Err: fmt.Errorf("%s: %w", run[i], err)})
@@ -175,6 +175,17 @@ func (k *Kernel) Apply(ops []ipvs.Operation) []ipvs.Failure {
 	}
 	k.disown(failed)
 	return failed
+}
+
+// note remembers which virtual servers are ours.
+func (k *Kernel) note(done ipvs.Operation) {
+	switch {
+	case done.Kind != ipvs.KindVirtualServer:
+	case done.Verb == ipvs.Delete:
+		delete(k.owned, done.VirtualServer.Frontend)
+	default:
+		k.owned[done.VirtualServer.Frontend] = true
+	}
 }
 
 // applyServers does operations on virtual or on real servers. A real server whose virtual server is absent
@@ -210,7 +221,7 @@ func settled(o ipvs.Operation, err error) error {
 	case o.Verb == ipvs.Delete && (errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT)):
 		return nil
 	case o.Kind == ipvs.KindVirtualServer && o.Verb == ipvs.Add && errors.Is(err, unix.EEXIST):
-		return ErrForeign
+		return ipvs.ErrForeign
 	case o.Kind == ipvs.KindVirtualServer && o.Verb != ipvs.Delete && errors.Is(err, unix.ENOENT):
 		return fmt.Errorf("the kernel has no scheduler %q: load its module ip_vs_%s", o.VirtualServer.Scheduler, o.VirtualServer.Scheduler)
 	}
@@ -221,7 +232,7 @@ func settled(o ipvs.Operation, err error) error {
 func (k *Kernel) disown(failed []ipvs.Failure) {
 	var ops []ipvs.Operation
 	for _, f := range failed {
-		if f.Operation.Kind == ipvs.KindVirtualServer && errors.Is(f.Err, ErrForeign) {
+		if f.Operation.Kind == ipvs.KindVirtualServer && errors.Is(f.Err, ipvs.ErrForeign) {
 			ops = append(ops, ipvs.Operation{Verb: ipvs.Delete, Kind: ipvs.KindElement,
 				Element: ipvs.Element{Set: ipvs.Frontends, Frontend: f.Operation.VirtualServer.Frontend}})
 		}

@@ -127,6 +127,16 @@ func TestApplyThenObserve(t *testing.T) {
 		t.Errorf("after a restart: operations %v, want none", ops)
 	}
 
+	// Nor is anything lost for good if somebody flushes nftables, as a restart of its unit does.
+	run(t, "nft", "flush", "ruleset")
+	if err := k.Prepare(); err != nil {
+		t.Fatal(err)
+	}
+	apply(t, k, ipvs.Diff(observe(t, k), want))
+	if diff := cmp.Diff(want, observe(t, k), equal); diff != "" {
+		t.Errorf("after a flush of nftables (-want +got):\n%s", diff)
+	}
+
 	changed := example()
 	https := frontend(ipvs.TCP, "10.96.0.1:443")
 	changed.AddVirtualServer(ipvs.VirtualServer{Frontend: https, Scheduler: "wrr"}, real("172.31.0.5:6443", 3), real("172.31.0.6:6443", 1))
@@ -243,7 +253,7 @@ func TestOthersAreLeftAlone(t *testing.T) {
 	want.AddVirtualServer(ipvs.VirtualServer{Frontend: theirs, Scheduler: "rr"}, real("10.244.1.2:80", 1))
 	want.AddFrontend(ipvs.Frontends, theirs)
 	failed := k.Apply(ipvs.Diff(ipvs.State{}, want))
-	if len(failed) != 2 || !errors.Is(failed[0].Err, ErrForeign) || !errors.Is(failed[1].Err, ErrForeign) {
+	if len(failed) != 2 || !errors.Is(failed[0].Err, ipvs.ErrForeign) || !errors.Is(failed[1].Err, ipvs.ErrForeign) {
 		t.Errorf("failures %v, want the virtual server and its real server, both for ErrForeign", failed)
 	}
 	if diff := cmp.Diff(before, run(t, "ipvsadm", "-Sn")); diff != "" {
