@@ -15,20 +15,28 @@
 // suspect 0.5 s later and dead 1.5 s after that: between 2 and 3.5 s for up to 10 agents. News of it spreads by
 // gossip each 100 ms. An agent on an overloaded machine must be silent for 2 s in a row to be taken for dead, and
 // one that finds itself late with its own probes waits longer for others (up to 8 intervals) before it accuses them.
+// An agent that crashes on a node that lives is not taken for dead at once: the node's kernel, which refuses
+// connections to the agent's port, tells the two apart. The agent then has 10 s to come back, and the node keeps its
+// addresses meanwhile. For a dead node the same look costs 0.3 s more.
+//
 // An agent that ends properly says so, and is gone for all within a gossip interval or two.
 package members
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/memberlist"
@@ -48,6 +56,12 @@ const (
 
 	// leaveTimeout is how long a leaving agent waits for its farewell to be sent.
 	leaveTimeout = 2 * time.Second
+
+	// crashGrace is how long an agent that has crashed has to come back on a node that lives, crashCheck the pause
+	// between two looks at such a node, and crashTimeout how long one may take: a node that lives answers from its kernel.
+	crashGrace   = 10 * time.Second
+	crashCheck   = 500 * time.Millisecond
+	crashTimeout = 300 * time.Millisecond
 
 	// label keeps other users of memberlist on the same port out, whatever their key.
 	label = "longshore"
@@ -69,7 +83,9 @@ type Members struct {
 
 	mu      sync.Mutex
 	targets []netip.AddrPort
-	list    *memberlist.Memberlist // while Run runs
+	list    *memberlist.Memberlist    // while Run runs
+	crashed map[string]netip.AddrPort // agents that are gone without a farewell, from nodes that seem to live
+	watches sync.WaitGroup
 }
 
 // New checks the configuration. Nothing is sent or bound before Run.
@@ -91,6 +107,7 @@ func New(config Config) (*Members, error) {
 		config:  config,
 		changed: make(chan struct{}, 1),
 		joins:   make(chan struct{}, 1),
+		crashed: map[string]netip.AddrPort{},
 	}, nil
 }
 
@@ -114,6 +131,7 @@ func (m *Members) Run(ctx context.Context) error {
 	var joining sync.WaitGroup
 	joining.Go(func() { m.join(ctx, list) })
 	defer joining.Wait()
+	defer m.watches.Wait()
 	<-ctx.Done() // not the end of join, which may be waiting for a node that does not answer
 
 	if err := list.Leave(leaveTimeout); err != nil {
@@ -146,7 +164,7 @@ func (m *Members) memberlistConfig(ctx context.Context) *memberlist.Config {
 	c.TCPTimeout = dialTimeout
 	c.DeadNodeReclaimTime = time.Nanosecond // a dead node may come back with another address, at once
 	c.EnableCompression = false             // messages are a few dozen bytes
-	c.Events = events{m.changed}
+	c.Events = events{ctx, m}
 	c.Logger = log.New(slogWriter{ctx, m.config.Log}, "", 0)
 	return c
 }
@@ -167,13 +185,16 @@ func (m *Members) Join(addrs []netip.AddrPort) {
 	poke(m.joins)
 }
 
-// Alive is the names of the nodes whose agents are alive, sorted: this one, and those that gossip with it. It is
-// this one alone before Run and after it.
+// Alive is the names of the nodes whose agents are alive, sorted: this one, those that gossip with it, and for a while
+// those whose agent alone has crashed. It is this one alone before Run and after it.
 func (m *Members) Alive() []string {
 	m.mu.Lock()
 	list := m.list
-	m.mu.Unlock()
 	names := []string{m.config.Node}
+	if list != nil {
+		names = slices.AppendSeq(names, maps.Keys(m.crashed))
+	}
+	m.mu.Unlock()
 	if list != nil {
 		for _, n := range list.Members() {
 			names = append(names, n.Name)
@@ -181,6 +202,38 @@ func (m *Members) Alive() []string {
 	}
 	slices.Sort(names)
 	return slices.Compact(names)
+}
+
+// watchCrashed keeps a node among the living while its kernel answers at the agent's port, refusing the connection or
+// not: the node lives, only its agent does not. Its data plane works on, and every connection through it would break if
+// its addresses went elsewhere. The agent has crashGrace to come back.
+func (m *Members) watchCrashed(ctx context.Context, name string, at netip.AddrPort) {
+	deadline := time.Now().Add(crashGrace)
+	dialer := net.Dialer{Timeout: crashTimeout}
+	for time.Now().Before(deadline) && m.isCrashed(name, at) {
+		conn, err := dialer.DialContext(ctx, "tcp", at.String())
+		if err == nil {
+			_ = conn.Close()
+		} else if !errors.Is(err, syscall.ECONNREFUSED) {
+			m.config.Log.Debug("a node is dead", "node", name, "error", err)
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(crashCheck):
+		}
+	}
+	m.mu.Lock()
+	delete(m.crashed, name)
+	m.mu.Unlock()
+	poke(m.changed)
+}
+
+func (m *Members) isCrashed(name string, at netip.AddrPort) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.crashed[name] == at
 }
 
 // Changed receives when Alive may have changed. It holds one message: many changes may come as one.
@@ -236,11 +289,32 @@ func poke(c chan<- struct{}) {
 	}
 }
 
-// events pokes for every member that comes, goes or changes. memberlist calls it with its lock held.
-type events struct{ changed chan<- struct{} }
+// events follows the members. memberlist calls it with its lock held.
+type events struct {
+	ctx context.Context
+	*Members
+}
 
-func (e events) NotifyJoin(*memberlist.Node)   { poke(e.changed) }
-func (e events) NotifyLeave(*memberlist.Node)  { poke(e.changed) }
+func (e events) NotifyJoin(n *memberlist.Node) {
+	e.mu.Lock()
+	delete(e.crashed, n.Name)
+	e.mu.Unlock()
+	poke(e.changed)
+}
+
+func (e events) NotifyLeave(n *memberlist.Node) {
+	defer poke(e.changed)
+	addr, ok := netip.AddrFromSlice(n.Addr)
+	if !ok || n.State == memberlist.StateLeft || e.ctx.Err() != nil {
+		return
+	}
+	at := plain(netip.AddrPortFrom(addr, n.Port))
+	e.mu.Lock()
+	e.crashed[n.Name] = at
+	e.mu.Unlock()
+	e.watches.Go(func() { e.watchCrashed(e.ctx, n.Name, at) })
+}
+
 func (e events) NotifyUpdate(*memberlist.Node) { poke(e.changed) }
 
 // slogWriter takes memberlist's lines, "[WARN] memberlist: text", to the structured log: warnings and errors as
