@@ -12,6 +12,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/longshore-lb/longshore/config/v1beta1"
@@ -222,7 +223,7 @@ func (c *Cluster) settle(ctx context.Context, svc *corev1.Service) error {
 	if slices.Equal(had, got.Addresses) && svc.Annotations[AllocatedFromAnnotation] == got.Pool {
 		return nil
 	}
-	if err := c.Writer.WriteAddresses(ctx, svc, got.Addresses, got.Pool); err != nil {
+	if err := c.write(ctx, svc, got); err != nil {
 		return err
 	}
 	if !slices.Equal(had, got.Addresses) {
@@ -232,11 +233,27 @@ func (c *Cluster) settle(ctx context.Context, svc *corev1.Service) error {
 	return nil
 }
 
+// write writes a Service's status, and takes it for what the Service is from now on: it may be looked at again before it
+// comes back.
+func (c *Cluster) write(ctx context.Context, svc *corev1.Service, a Assignment) error {
+	if err := c.Writer.WriteAddresses(ctx, svc, a.Addresses, a.Pool); err != nil {
+		return err
+	}
+	written := svc.DeepCopy()
+	written.Status.LoadBalancer.Ingress = ingressWith(svc, a.Addresses)
+	delete(written.Annotations, AllocatedFromAnnotation)
+	if a.Pool != "" {
+		metav1.SetMetaDataAnnotation(&written.ObjectMeta, AllocatedFromAnnotation, a.Pool)
+	}
+	c.snapshot.services[nameOf(svc)] = written
+	return nil
+}
+
 func quoted(addrs []netip.Addr) string { return fmt.Sprintf("%q", addrs) }
 
 // clear takes the addresses away from a Service that has lost them.
 func (c *Cluster) clear(ctx context.Context, svc *corev1.Service) error {
-	if err := c.Writer.WriteAddresses(ctx, svc, nil, ""); err != nil {
+	if err := c.write(ctx, svc, Assignment{}); err != nil {
 		return err
 	}
 	if had := ingressIPs(svc); len(had) > 0 {

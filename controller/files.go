@@ -22,6 +22,7 @@ import (
 	"github.com/fsnotify/fsnotify"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
@@ -303,12 +304,22 @@ func readManifests(name string) ([]Object, error) {
 			o, err = decodeManifest(document)
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: document %d: %w", name, number, err))
+			for _, err := range joined(err) {
+				errs = append(errs, fmt.Errorf("%s: document %d: %w", name, number, err))
+			}
 			continue
 		}
 		objects = append(objects, o)
 	}
 	return objects, errors.Join(errs...)
+}
+
+// joined takes apart what errors.Join made.
+func joined(err error) []error {
+	if all, ok := err.(interface{ Unwrap() []error }); ok {
+		return all.Unwrap()
+	}
+	return []error{err}
 }
 
 // isEmpty tells whether a YAML document has nothing but comments.
@@ -328,6 +339,7 @@ const kindsRead = "standalone reads Service, EndpointSlice, IPAddressPool, L2Adv
 // decodeManifest reads one object; a field that its kind does not have is an error.
 func decodeManifest(document []byte) (Object, error) {
 	o, _, err := strict.Decode(document, nil, nil)
+	mistyped := new(json.UnmarshalTypeError)
 	switch {
 	case err == nil:
 	case runtime.IsMissingKind(err): // the error would have the whole document in it
@@ -335,7 +347,11 @@ func decodeManifest(document []byte) (Object, error) {
 	case runtime.IsMissingVersion(err):
 		return nil, errors.New("apiVersion is missing")
 	case runtime.IsNotRegisteredError(err):
-		return nil, fmt.Errorf("%w; %s", err, kindsRead)
+		var kind metav1.TypeMeta
+		_ = yaml.Unmarshal(document, &kind) // it was good enough to have its kind looked up
+		return nil, fmt.Errorf("kind %s of %s: %s", kind.Kind, kind.APIVersion, kindsRead)
+	case errors.As(err, &mistyped):
+		return nil, fmt.Errorf("%s: %s where %s should be", mistyped.Field, mistyped.Value, mistyped.Type)
 	default:
 		return nil, err
 	}

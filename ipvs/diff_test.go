@@ -49,6 +49,9 @@ func keepsPromises(from, at, to ipvs.State) error {
 			if _, ok := at.VirtualServers[f]; !ok {
 				return fmt.Errorf("%s has no virtual server, and both ends have one", f)
 			}
+			if len(from.RealServers[f]) > 0 && len(to.RealServers[f]) > 0 && len(at.RealServers[f]) == 0 {
+				return fmt.Errorf("%s has no real server, and both ends have some", f)
+			}
 		}
 	}
 	for f := range at.VirtualServers {
