@@ -112,10 +112,10 @@ type Agent struct {
 
 // served is what the agent remembers of a Service.
 type served struct {
-	scheduler string    // the last good one
-	found     []Problem // by translation
-	problems  []Problem // all, as last reported
-	hasReady  bool
+	scheduler string            // the last good one
+	found     []Problem         // by translation
+	problems  []Problem         // all, as last reported
+	families  []corev1.IPFamily // in which it has a ready endpoint
 	announced []Announced
 	reported  []netip.Addr // addresses for which an event said that this node announces them
 }
@@ -432,7 +432,7 @@ func (a *Agent) translate(name types.NamespacedName) ipvs.State {
 	state, more := Translate(svc, a.snapshot.slicesOf(name), a.node, scheduler)
 	s.scheduler = scheduler
 	s.found = append(problems, more...)
-	s.hasReady = hasReadyEndpoint(state)
+	s.families = servedFamilies(state)
 	return state
 }
 
@@ -470,7 +470,7 @@ func (a *Agent) withdraw(touched map[types.NamespacedName]struct{}) {
 		}
 		s.announced = nil
 		if svc := a.snapshot.services[name]; svc != nil {
-			s.announced = Announce(svc, s.hasReady, a.network)
+			s.announced = Announce(svc, s.families, a.network)
 		}
 		s.reported = slices.DeleteFunc(s.reported, func(addr netip.Addr) bool {
 			return !slices.ContainsFunc(s.announced, func(w Announced) bool { return w.Address == addr })

@@ -35,9 +35,9 @@ type Announced struct {
 	Reason     string            // why nobody announces the address at all; "" if somebody does
 }
 
-// Announce decides how the LoadBalancer addresses of a Service are announced. served: it has a ready endpoint. An
-// address is announced only if a pool of ours holds it, so that addresses which another provider wrote stay its own.
-func Announce(svc *corev1.Service, served bool, v NetworkView) []Announced {
+// Announce decides how the LoadBalancer addresses of a Service are announced. served is the families in which it
+// has a ready endpoint. An address is announced only if a pool of ours holds it, so that addresses which another provider wrote stay its own.
+func Announce(svc *corev1.Service, served []corev1.IPFamily, v NetworkView) []Announced {
 	var out []Announced
 	for _, addr := range ingressIPs(svc) {
 		a := Announced{Service: nameOf(svc), Address: addr}
@@ -45,7 +45,7 @@ func Announce(svc *corev1.Service, served bool, v NetworkView) []Announced {
 		switch {
 		case i < 0:
 			a.Reason = "in no IPAddressPool"
-		case !served:
+		case !slices.Contains(served, familyOf(addr)):
 			a.Pool, a.Reason = v.Pools[i].Name, "no ready endpoint"
 		default:
 			a.Pool = v.Pools[i].Name

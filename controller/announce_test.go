@@ -92,13 +92,13 @@ func TestAnnounce(t *testing.T) {
 	length := func(bits int32) *int32 { return &bits }
 	all := []v1beta1.L2AdvertisementSpec{{}}
 	for _, test := range []struct {
-		name     string
-		svc      *corev1.Service
-		unserved bool
-		nodes    map[string]labels.Set // nil = everyNode
-		layer2   []v1beta1.L2AdvertisementSpec
-		bgp      []v1beta1.BGPAdvertisementSpec
-		want     []Announced // without Service
+		name   string
+		svc    *corev1.Service
+		served []corev1.IPFamily     // nil = both
+		nodes  map[string]labels.Set // nil = everyNode
+		layer2 []v1beta1.L2AdvertisementSpec
+		bgp    []v1beta1.BGPAdvertisementSpec
+		want   []Announced // without Service
 	}{
 		{
 			name: "no address yet", svc: serviceWith(asIs), layer2: all,
@@ -116,7 +116,7 @@ func TestAnnounce(t *testing.T) {
 			want: []Announced{{Address: ip("198.51.100.255"), Reason: "in no IPAddressPool"}},
 		},
 		{
-			name: "nobody serves", svc: serviceWith(asIs, "192.0.2.1"), unserved: true, layer2: all, bgp: []v1beta1.BGPAdvertisementSpec{{}},
+			name: "nobody serves", svc: serviceWith(asIs, "192.0.2.1"), served: []corev1.IPFamily{corev1.IPv6Protocol}, layer2: all, bgp: []v1beta1.BGPAdvertisementSpec{{}},
 			want: []Announced{{Address: ip("192.0.2.1"), Pool: "red", Reason: "no ready endpoint"}},
 		},
 		{
@@ -242,7 +242,11 @@ func TestAnnounce(t *testing.T) {
 				test.want[i].Service = types.NamespacedName{Namespace: "default", Name: "web"}
 			}
 			for range 20 { // whatever the order that maps have this time
-				if diff := cmp.Diff(test.want, Announce(test.svc, !test.unserved, v), byValue, prefixByValue); diff != "" {
+				served := test.served
+				if served == nil {
+					served = []corev1.IPFamily{corev1.IPv4Protocol, corev1.IPv6Protocol}
+				}
+				if diff := cmp.Diff(test.want, Announce(test.svc, served, v), byValue, prefixByValue); diff != "" {
 					t.Fatalf("-want +got:\n%s", diff)
 				}
 			}

@@ -261,14 +261,15 @@ func addresses(texts []string) []netip.Addr {
 	return out
 }
 
-// hasReadyEndpoint tells whether anybody serves a Service.
-func hasReadyEndpoint(s ipvs.State) bool {
-	for _, reals := range s.RealServers {
-		if len(reals) > 0 {
-			return true
+// servedFamilies is the families in which somebody serves a Service.
+func servedFamilies(s ipvs.State) []corev1.IPFamily {
+	var served []corev1.IPFamily
+	for f, reals := range s.RealServers {
+		if family := familyOf(f.Addr.Addr()); len(reals) > 0 && !slices.Contains(served, family) {
+			served = append(served, family)
 		}
 	}
-	return false
+	return served
 }
 
 func isTrue(b *bool, otherwise bool) bool {

@@ -160,9 +160,6 @@ func (d *Desired) State() State {
 	return s
 }
 
-// Owners lists who wants a frontend: its holder first, then those that wait for it.
-func (d *Desired) Owners(f Frontend) []string { return d.claims[f] }
-
 // Conflicts lists the frontends that an owner asked for and did not get, in order.
 func (d *Desired) Conflicts(owner string) []Conflict {
 	var out []Conflict

@@ -174,9 +174,6 @@ func TestDesiredHandOver(t *testing.T) {
 		if got := fmt.Sprint(d.ReplaceAll(map[string]ipvs.State{test.from: {}, test.to: wish("mh")})); got != test.want {
 			t.Errorf("from %s to %s: %s, want %s", test.from, test.to, got, test.want)
 		}
-		if got := d.Owners(ipvs.At(ipvs.TCP, netip.MustParseAddrPort("192.0.2.1:80"))); !slices.Equal(got, []string{test.to}) {
-			t.Errorf("from %s to %s: owners %q", test.from, test.to, got)
-		}
 	}
 }
 
