@@ -36,6 +36,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -86,6 +87,7 @@ type Members struct {
 	list    *memberlist.Memberlist    // while Run runs
 	crashed map[string]netip.AddrPort // agents that are gone without a farewell, from nodes that seem to live
 	watches sync.WaitGroup
+	leaving atomic.Bool
 }
 
 // New checks the configuration. Nothing is sent or bound before Run.
@@ -134,6 +136,11 @@ func (m *Members) Run(ctx context.Context) error {
 	defer m.watches.Wait()
 	<-ctx.Done() // not the end of join, which may be waiting for a node that does not answer
 
+	// The others cannot see in memberlist's farewell whether an agent left or was taken for dead: it says so before.
+	m.leaving.Store(true)
+	if err := list.UpdateNode(leaveTimeout); err != nil {
+		m.config.Log.Warn("tell the other agents of the end", "error", err)
+	}
 	if err := list.Leave(leaveTimeout); err != nil {
 		m.config.Log.Warn("leave the other agents", "error", err)
 	}
@@ -165,6 +172,7 @@ func (m *Members) memberlistConfig(ctx context.Context) *memberlist.Config {
 	c.DeadNodeReclaimTime = time.Nanosecond // a dead node may come back with another address, at once
 	c.EnableCompression = false             // messages are a few dozen bytes
 	c.Events = events{ctx, m}
+	c.Delegate = delegate{&m.leaving}
 	c.Logger = log.New(slogWriter{ctx, m.config.Log}, "", 0)
 	return c
 }
@@ -305,7 +313,7 @@ func (e events) NotifyJoin(n *memberlist.Node) {
 func (e events) NotifyLeave(n *memberlist.Node) {
 	defer poke(e.changed)
 	addr, ok := netip.AddrFromSlice(n.Addr)
-	if !ok || n.State == memberlist.StateLeft || e.ctx.Err() != nil {
+	if !ok || string(n.Meta) == metaLeaving || e.ctx.Err() != nil {
 		return
 	}
 	at := plain(netip.AddrPortFrom(addr, n.Port))
@@ -316,6 +324,24 @@ func (e events) NotifyLeave(n *memberlist.Node) {
 }
 
 func (e events) NotifyUpdate(*memberlist.Node) { poke(e.changed) }
+
+// metaLeaving is the metadata of an agent that is about to end properly; all others have none.
+const metaLeaving = "leaving"
+
+// delegate gives memberlist this agent's metadata. There is nothing else to exchange.
+type delegate struct{ leaving *atomic.Bool }
+
+func (d delegate) NodeMeta(int) []byte {
+	if d.leaving.Load() {
+		return []byte(metaLeaving)
+	}
+	return nil
+}
+
+func (delegate) NotifyMsg([]byte)                {}
+func (delegate) GetBroadcasts(int, int) [][]byte { return nil }
+func (delegate) LocalState(bool) []byte          { return nil }
+func (delegate) MergeRemoteState([]byte, bool)   {}
 
 // slogWriter takes memberlist's lines, "[WARN] memberlist: text", to the structured log: warnings and errors as
 // warnings, since the protocol recovers from all of them by itself, anything else for debugging. So is everything

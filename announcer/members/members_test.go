@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -97,20 +98,21 @@ func (a agent) sees(t *testing.T, want ...string) time.Duration {
 	}
 }
 
-// endpoint is a port that is free on an address for both UDP and TCP.
+// endpoint is a port that is free on an address for both UDP and TCP, and not one that the kernel gives out by itself
+// (net.ipv4.ip_local_port_range begins at 32768).
 func endpoint(t *testing.T, addr string) netip.AddrPort {
 	t.Helper()
 	for range 20 {
-		l, err := net.Listen("tcp", net.JoinHostPort(addr, "0"))
+		found := netip.AddrPortFrom(netip.MustParseAddr(addr), uint16(20000+rand.IntN(10000)))
+		l, err := net.Listen("tcp", found.String())
 		if err != nil {
-			t.Fatal(err)
+			continue
 		}
-		found := l.Addr().(*net.TCPAddr).AddrPort()
-		u, err := net.ListenPacket("udp", found.String())
 		l.Close()
+		u, err := net.ListenPacket("udp", found.String())
 		if err == nil {
 			u.Close()
-			return netip.AddrPortFrom(found.Addr().Unmap(), found.Port())
+			return found
 		}
 	}
 	t.Fatalf("no port of %s is free for UDP and TCP", addr)
@@ -140,12 +142,16 @@ func TestMembers(t *testing.T) {
 				x.sees(t, "a", "b", "c")
 			}
 
+			began := time.Now()
 			c.stop()
 			if got := c.Alive(); !slices.Equal(got, []string{"c"}) {
 				t.Errorf("c has stopped and sees %v", got)
 			}
 			a.sees(t, "a", "b")
 			b.sees(t, "a", "b")
+			if took := time.Since(began); took > 8*time.Second { // what takes a moment would take 10 s
+				t.Errorf("c took leave and was gone after %v only, as if it had crashed", took)
+			}
 
 			c = start(t, "c", at[2], test.key) // it is looked for by a, which knows all addresses
 			for _, x := range []agent{a, b, c} {

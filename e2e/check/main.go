@@ -155,10 +155,11 @@ func (sum *tally) read(from io.Reader) error {
 }
 
 func (sum *tally) take(e event, of *tally, outputs map[string][]string) {
+	showScenario(e)
 	switch {
 	case e.Action == "output" || e.Action == "build-output":
 		outputs[e.Package] = append(outputs[e.Package], e.Output)
-		if e.Action == "build-output" || scenarioLine(e.Output) {
+		if e.Action == "build-output" {
 			fmt.Print(e.Output)
 		}
 	case e.Test != "" && e.Action == "pass":
@@ -182,8 +183,9 @@ func (sum *tally) take(e event, of *tally, outputs map[string][]string) {
 	}
 }
 
-// scenarioLine tells whether a line is the verdict on a scenario, which is shown as it comes: they take minutes.
-func scenarioLine(line string) bool {
-	verdict := strings.TrimSpace(line)
-	return strings.HasPrefix(line, "    --- ") && strings.Count(verdict, "/") == 1 && strings.Contains(line, "TestScenarios/")
+// showScenario prints the verdict on a scenario as it comes: they take minutes.
+func showScenario(e event) {
+	if strings.HasPrefix(e.Test, "TestScenarios/") && strings.Count(e.Test, "/") == 1 && (e.Action == "pass" || e.Action == "fail") {
+		fmt.Printf("     %s %s in %.0f s\n", e.Action, e.Test, e.Elapsed)
+	}
 }
