@@ -6,12 +6,13 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 LINT    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.11.4
 
 export CGO_ENABLED = 0
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .PHONY: build test demo lint generate clean packages lab
 
 # build: bin/longshore, the one static program
 build:
-	@$(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o bin/longshore ./cmd/longshore
+	@$(GO) build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$(VERSION)" -o bin/longshore ./cmd/longshore
 
 # test: all tests, those that need IPVS in the lab's kernel (a virtual machine where this one has none)
 test: lab

@@ -35,6 +35,8 @@ type DataPlane interface {
 
 // Layer2 answers ARP and NDP (package announcer/layer2).
 type Layer2 interface {
+	// Answering tells whether an address is answered for on some link.
+	Answering(netip.Addr) bool
 	// Set replaces the addresses to answer for; the whole value.
 	Set([]announcer.Address)
 }
@@ -164,7 +166,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-settle:
 			a.settled, again = true, true
 		case <-retry.C:
-			full = true
+			full = full || len(a.failures) > 0
 		}
 		changes, synced := a.Inbox.take()
 		if !synced {
@@ -176,11 +178,11 @@ func (a *Agent) Run(ctx context.Context) error {
 			retry.Reset(retryAfter)
 			continue
 		}
-		full = len(a.failures) > 0
+		full = !a.Ready()
 		switch {
-		case !a.Ready() || a.stale:
+		case full || a.stale:
 			retry.Reset(retryAfter)
-		case full:
+		case len(a.failures) > 0:
 			retry.Reset(retryForeignAfter)
 		}
 	}
@@ -210,8 +212,10 @@ func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged
 		}
 		ops = ipvs.Diff(observed, a.desired.State())
 	}
-	for _, o := range ops {
-		a.Log.Debug("apply", "operation", o.String())
+	if a.Log.Enabled(ctx, slog.LevelDebug) {
+		for _, o := range ops {
+			a.Log.Debug("apply", "operation", o.String())
+		}
 	}
 	a.failures = a.DataPlane.Apply(ops)
 	for _, f := range a.failures {
@@ -255,7 +259,8 @@ func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool
 			a.Members.Join(a.memberAddresses())
 		}
 	}
-	if t.config {
+	if t.config || a.stale {
+		t.config = true
 		a.updateConfig(ctx)
 	}
 	if t.nodes || t.config || membersChanged {
@@ -280,6 +285,14 @@ func (a *Agent) nodeView() NodeView {
 		for _, text := range n.Spec.PodCIDRs {
 			if p, err := netip.ParsePrefix(text); err == nil {
 				v.PodCIDRs = append(v.PodCIDRs, p.Masked())
+			}
+		}
+	}
+	v.Others = map[netip.Addr]bool{}
+	for _, n := range a.snapshot.nodes {
+		for _, addr := range internalIPs(n) {
+			if n.Name != a.Node {
+				v.Others[addr] = true
 			}
 		}
 	}
@@ -376,8 +389,12 @@ func (a *Agent) updateConfig(ctx context.Context) {
 	a.stale = false
 	var poolErrs []refusedPool
 	a.network.Pools, poolErrs = a.pools.parse(a.snapshot.pools) // the cluster's loop sends the events about pools
+	a.network.Unusable = nil
 	for _, r := range poolErrs {
 		refused = append(refused, r.err.Error())
+		if !slices.ContainsFunc(a.network.Pools, func(p config.Pool) bool { return p.Name == r.object.Name }) {
+			a.network.Unusable = append(a.network.Unusable, config.Pool{Name: r.object.Name, Labels: r.object.Labels})
+		}
 	}
 	a.network.Layer2 = nil
 	for _, o := range sorted(a.snapshot.layer2) {
@@ -402,7 +419,10 @@ func (a *Agent) updateConfig(ctx context.Context) {
 			if a.Password == nil {
 				err = fmt.Errorf("BGPPeer %s: spec.passwordSecret: %q: there are no Secrets without a cluster, write spec.password", nameOf(o), peer.PasswordSecret)
 			} else {
-				if peer.Password, err = a.Password(ctx, peer.PasswordSecret); err != nil {
+				reading, cancel := context.WithTimeout(ctx, retryAfter) // the API server may be away, the nodes are not
+				peer.Password, err = a.Password(reading, peer.PasswordSecret)
+				cancel()
+				if err != nil {
 					err = fmt.Errorf("BGPPeer %s: spec.passwordSecret: %w", nameOf(o), err)
 					a.stale = true
 				}
@@ -518,9 +538,15 @@ func (a *Agent) wanted() []Announced {
 // announce tells the network about every address whose Service the kernel serves.
 func (a *Agent) announce() {
 	broken := map[netip.Addr]bool{}
+	missing := map[ipvs.Frontend]int{} // real servers
 	for _, f := range a.failures {
 		if f.Operation.Verb == ipvs.Delete {
-			continue
+			continue // what should be there is
+		}
+		if frontend := f.Operation.VirtualServer.Frontend; f.Operation.Kind == ipvs.KindRealServer {
+			if missing[frontend]++; missing[frontend] < a.desired.RealServers(frontend) {
+				continue // one of several does not make an address useless
+			}
 		}
 		broken[f.Operation.VirtualServer.Frontend.Addr.Addr()] = true
 		broken[f.Operation.Element.Frontend.Addr.Addr()] = true

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -40,6 +41,7 @@ type machine struct {
 	observed int                        // how often it was
 	answers  []announcer.Address        // what was last told to layer 2
 	speaker  bgp.Config                 // and to BGP
+	password func() (string, error)     // of every BGP peer; nil = there are no Secrets
 	journal  []string
 }
 
@@ -164,6 +166,12 @@ type (
 	toBGP    struct{ *machine }
 )
 
+func (m toLayer2) Answering(addr netip.Addr) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.ContainsFunc(m.answers, func(a announcer.Address) bool { return a.Addr == addr })
+}
+
 func (m toLayer2) Set(all []announcer.Address) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -247,6 +255,9 @@ func (m *machine) start(inbox *Inbox, members Members) running {
 		Node: m.name, Config: config.DefaultAgent(), Inbox: inbox, DataPlane: m, Layer2: toLayer2{m}, Speaker: toBGP{m},
 		Members: members, Events: events{m}, Log: slog.New(slog.DiscardHandler),
 	})
+	if m.password != nil {
+		a.Password = func(context.Context, string) (string, error) { return m.password() }
+	}
 	done := make(chan error, 1)
 	go func() { done <- a.Run(ctx) }()
 	return running{a, sync.OnceFunc(func() {
@@ -575,6 +586,13 @@ func TestAgentHandOver(t *testing.T) {
 func TestAgentConflict(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m, inbox := newMachine(t, "n1"), NewInbox()
+		var there atomic.Bool
+		m.password = func() (string, error) {
+			if !there.Load() {
+				return "", errors.New(`secrets "tor" not found`)
+			}
+			return "secret", nil
+		}
 		a := m.start(inbox, nil)
 		defer a.stop()
 		inbox.Put(StandaloneNode("n1", addrs("172.31.0.11")))
@@ -675,6 +693,13 @@ func TestAgentServiceCIDRs(t *testing.T) {
 func TestAgentSliceMoves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m, inbox := newMachine(t, "n1"), NewInbox()
+		var there atomic.Bool
+		m.password = func() (string, error) {
+			if !there.Load() {
+				return "", errors.New(`secrets "tor" not found`)
+			}
+			return "secret", nil
+		}
 		a := m.start(inbox, nil)
 		defer a.stop()
 		inbox.Put(StandaloneNode("n1", addrs("172.31.0.11")))

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/labels"
@@ -18,6 +19,7 @@ import (
 type NetworkView struct {
 	Node           string
 	Pools          []config.Pool
+	Unusable       []config.Pool // pools without ranges, because what was written is wrong and no better form is known
 	Layer2         []config.L2Advertisement
 	BGP            []config.BGPAdvertisement
 	Nodes          map[string]labels.Set // those that may announce: alive, ready and not excluded, with their labels
@@ -41,16 +43,16 @@ func Announce(svc *corev1.Service, served []corev1.IPFamily, v NetworkView) []An
 	var out []Announced
 	for _, addr := range ingressIPs(svc) {
 		a := Announced{Service: nameOf(svc), Address: addr}
-		i := slices.IndexFunc(v.Pools, func(p config.Pool) bool { return p.Contains(addr) })
+		pool, found := v.poolOf(addr, svc)
+		a.Pool = pool.Name
 		switch {
-		case i < 0:
+		case !found:
 			a.Reason = "in no IPAddressPool"
 		case !slices.Contains(served, familyOf(addr)):
-			a.Pool, a.Reason = v.Pools[i].Name, "no ready endpoint"
+			a.Reason = "no ready endpoint"
 		default:
-			a.Pool = v.Pools[i].Name
-			selected := v.announceLayer2(&a, v.Pools[i], svc.Labels)
-			selectedBGP, advertised := v.announceBGP(&a, v.Pools[i], svc.Labels)
+			selected := v.announceLayer2(&a, pool, svc.Labels)
+			selectedBGP, advertised := v.announceBGP(&a, pool, svc.Labels)
 			switch {
 			case !selected && !selectedBGP:
 				a.Reason = "no L2Advertisement and no BGPAdvertisement selects it"
@@ -63,6 +65,23 @@ func Announce(svc *corev1.Service, served []corev1.IPFamily, v NetworkView) []An
 		out = append(out, a)
 	}
 	return out
+}
+
+// poolOf is the pool that holds an address. What was allocated from a pool that cannot be used any more is still announced
+// as that pool's: the Service's annotation names it.
+func (v NetworkView) poolOf(addr netip.Addr, svc *corev1.Service) (config.Pool, bool) {
+	for _, p := range v.Pools {
+		if p.Contains(addr) {
+			return p, true
+		}
+	}
+	from := strings.Split(svc.Annotations[AllocatedFromAnnotation], ",")
+	for _, p := range v.Unusable {
+		if slices.Contains(from, p.Name) {
+			return p, true
+		}
+	}
+	return config.Pool{}, false
 }
 
 // announceLayer2 elects the owner of an address among the nodes that an L2Advertisement selects.

@@ -94,8 +94,10 @@ func (c *Cluster) pass(ctx context.Context, t touched) (unwritten map[types.Name
 		for _, key := range c.alloc.SetPools(pools) {
 			t.services[parseKey(key)] = struct{}{}
 		}
-		for name, svc := range c.snapshot.services { // an address may be in another pool now
-			if got, holds := c.alloc.Assigned(name.String()); holds && got.Pool != svc.Annotations[AllocatedFromAnnotation] {
+		for name, svc := range c.snapshot.services {
+			got, holds := c.alloc.Assigned(name.String())
+			if holds && got.Pool != svc.Annotations[AllocatedFromAnnotation] || // its address is in another pool now
+				!holds && len(ingressIPs(svc)) > 0 { // it kept an address that was in no pool, and may be in one now
 				t.services[name] = struct{}{}
 			}
 		}

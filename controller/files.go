@@ -270,15 +270,16 @@ func replaceFile(name string, content []byte) error {
 }
 
 func manifestFiles(folder string) ([]string, error) {
-	var names []string
-	for _, pattern := range []string{"*.yaml", "*.yml", "*.json"} {
-		found, err := filepath.Glob(filepath.Join(folder, pattern))
-		if err != nil {
-			return nil, err
-		}
-		names = append(names, found...)
+	entries, err := os.ReadDir(folder)
+	if err != nil {
+		return nil, err
 	}
-	slices.Sort(names)
+	var names []string
+	for _, e := range entries {
+		if slices.Contains([]string{".yaml", ".yml", ".json"}, filepath.Ext(e.Name())) {
+			names = append(names, filepath.Join(folder, e.Name()))
+		}
+	}
 	return names, nil
 }
 
@@ -480,6 +481,8 @@ func validateSlice(s *discoveryv1.EndpointSlice) error {
 			addr, err := netip.ParseAddr(text)
 			if err != nil || addr.Is4() != (s.AddressType == discoveryv1.AddressTypeIPv4) {
 				wrong(fmt.Sprintf("endpoints[%d].addresses[%d]", i, j), text, "not an address of family "+string(s.AddressType))
+			} else if !addr.IsGlobalUnicast() || addr.Zone() != "" {
+				wrong(fmt.Sprintf("endpoints[%d].addresses[%d]", i, j), text, "no address that other machines can have")
 			}
 		}
 	}

@@ -81,6 +81,8 @@ func (a *Agent) status() Status {
 		if !slices.ContainsFunc(a.announced, func(t Announced) bool { return t.Service == w.Service && t.Address == w.Address }) {
 			v.Owner, v.Reason = "", "the kernel refused it"
 			w.Routes = nil
+		} else if w.Owner == a.Node && !a.Layer2.Answering(w.Address) {
+			v.Reason = "no usable link of this node is in its network, or it has just come here"
 		}
 		for _, r := range w.Routes {
 			if p := r.Prefix.String(); !slices.Contains(v.Prefixes, p) {

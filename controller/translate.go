@@ -20,10 +20,11 @@ const SchedulerAnnotation = "longshore.dev/scheduler"
 // NodeView is what a node's data plane depends on besides Services.
 type NodeView struct {
 	Name          string
-	Addresses     []netip.Addr   // the node's own (InternalIP), the first of each family is the main one
-	NodePortAddrs []netip.Addr   // those that serve node ports
-	PodCIDRs      []netip.Prefix // of the pods on this node
-	ServiceCIDRs  []netip.Prefix // where cluster IPs come from
+	Addresses     []netip.Addr        // the node's own (InternalIP), the first of each family is the main one
+	Others        map[netip.Addr]bool // addresses of other nodes, which no Service may take from them
+	NodePortAddrs []netip.Addr        // those that serve node ports
+	PodCIDRs      []netip.Prefix      // of the pods on this node
+	ServiceCIDRs  []netip.Prefix      // where cluster IPs come from
 }
 
 // Address is the node's main address of a family, invalid if it has none.
@@ -103,6 +104,13 @@ func Translate(svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice,
 		serve := func(addr netip.Addr, number int32, vip, masquerade bool) {
 			if !slices.Contains(families, familyOf(addr)) {
 				return // such as a node's IPv6 address for a Service of IPv4 only
+			}
+			if n.Others[addr] {
+				t.problem("NodeAddress", "%s is another node's address; it is not served here", addr)
+				return
+			}
+			if slices.Contains(n.Addresses, addr) {
+				vip = false // what else is at this address, such as ssh, is not ours to reject
 			}
 			t.serve(ipvs.At(protocol, netip.AddrPortFrom(addr, uint16(number))), reals, vip, masquerade)
 		}

@@ -20,7 +20,7 @@ import (
 var update = flag.Bool("update", false, "write what is printed into testdata")
 
 // TestTranslate reads Kubernetes objects and prints what has to be done to an empty kernel, and then, if there is a
-// second set, what to that of the first. Node n1 is 172.31.0.11 and fd31::11.
+// second set, what to that of the first. Node n1 is 172.31.0.11 and fd31::11, another one is 172.31.0.12.
 func TestTranslate(t *testing.T) {
 	files, err := filepath.Glob("testdata/translate/*.txtar")
 	if err != nil || len(files) == 0 {
@@ -56,6 +56,7 @@ func translateAll(t *testing.T, text []byte, desired *ipvs.Desired, lastGood map
 		Name:          "n1",
 		Addresses:     []netip.Addr{netip.MustParseAddr("172.31.0.11"), netip.MustParseAddr("fd31::11")},
 		NodePortAddrs: []netip.Addr{netip.MustParseAddr("172.31.0.11"), netip.MustParseAddr("fd31::11")},
+		Others:        map[netip.Addr]bool{netip.MustParseAddr("172.31.0.12"): true},
 		ServiceCIDRs:  []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd96::/112")},
 	}
 	s := newSnapshot()

@@ -14,13 +14,19 @@ need ip iproute2
 need nft nftables
 need ipvsadm ipvsadm
 need tcpdump tcpdump
-need arping arping
+arping --help 2>&1 | grep -q Habets || missing="$missing arping" # not the one of iputils
 need ndisc6 ndisc6
 need /usr/lib/frr/bgpd frr
 need bird bird2
-need setpriv util-linux
+need nsenter util-linux
+need curl curl
 
-[ -n "$missing" ] || exit 0
+# The lab's kernel comes from a package too.
+lists=yes
+if command -v apt-cache >/dev/null 2>&1; then
+	apt-cache depends linux-image-amd64 >/dev/null 2>&1 || lists=
+fi
+[ -n "$missing" ] || [ -z "$lists" ] || exit 0
 if [ "$(id -u)" -ne 0 ]; then
 	echo "root is needed: the lab makes network namespaces. Missing, too, are the Debian packages:$missing" >&2
 	exit 1
@@ -29,12 +35,13 @@ if ! command -v apt-get >/dev/null 2>&1; then
 	echo "this is not Debian; install what its packages have:$missing" >&2
 	exit 1
 fi
+apt-get update -qq
+[ -n "$missing" ] || exit 0
 echo "installing$missing"
 if [ ! -e /usr/sbin/policy-rc.d ]; then
 	printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
 	chmod +x /usr/sbin/policy-rc.d
 	trap 'rm -f /usr/sbin/policy-rc.d' EXIT
 fi
-apt-get update -qq
 # shellcheck disable=SC2086
 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null

@@ -111,6 +111,13 @@ func TestStandalone(t *testing.T) {
 		t.Errorf("the client's neighbour table has %s (%v), n1 has %s", mac, err, n1.MAC())
 	}
 
+	compareTables(t, n1, binary)
+
+	// A second one on the machine would take the first one's work back.
+	if out, err := n1.Run(ctx, binary, "run", "--manifests", folder, "--node", "n1", "--status-socket", socket(n1)); err == nil || !strings.Contains(err.Error(), "another agent runs on this machine") {
+		t.Errorf("a second agent: %v: %s", err, out)
+	}
+
 	// One server goes.
 	write("endpoints.yaml", endpoints("web-lan", "172.31.0.13")+endpoints("web-routed", "172.31.0.12", "172.31.0.13"))
 	awaitReals := func(want int) {

@@ -170,3 +170,11 @@ func (d *Desired) Conflicts(owner string) []Conflict {
 	}
 	return out
 }
+
+// RealServers is how many real servers a frontend should have.
+func (d *Desired) RealServers(f Frontend) int {
+	if line := d.claims[f]; len(line) > 0 {
+		return len(d.wishes[line[0]].RealServers[f])
+	}
+	return 0
+}

@@ -129,6 +129,11 @@ func (r *Responder) Set(addrs []announcer.Address) {
 // no usable link, or Run has not come to it yet. The slice is shared: do not change it.
 func (r *Responder) Status() []Announcement { return *r.status.Load() }
 
+// Answering tells whether an address is answered for on some link now.
+func (r *Responder) Answering(addr netip.Addr) bool {
+	return slices.ContainsFunc(r.Status(), func(a Announcement) bool { return a.Addr == addr })
+}
+
 // Changed receives after Status has changed. It holds one message: many changes may come as one.
 func (r *Responder) Changed() <-chan struct{} { return r.changed }
 

@@ -7,9 +7,11 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/longshore-lb/longshore/announcer/bgp"
 	"github.com/longshore-lb/longshore/announcer/layer2"
@@ -96,6 +98,11 @@ func agentCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		lock, err := onlyAgent(conf.StatusSocket)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = lock.Close() }()
 		kube, err := controller.NewKubernetes(restConfig, namespace)
 		if err != nil {
 			return err
@@ -145,16 +152,22 @@ func startAgent(ctx context.Context, group *errgroup.Group, o controller.AgentOp
 	if o.Config.MetricsAddress != "" {
 		group.Go(func() error { return agent.ServeMetrics(ctx, o.Config.MetricsAddress) })
 	}
-	group.Go(func() error {
-		for {
-			select {
-			case <-ctx.Done():
-				return nil
-			case c := <-responder.Conflicts():
-				o.Log.Warn("another machine claims an address of ours", "address", c.Addr, "interface", c.Interface, "hardware address", c.HardwareAddr)
-			}
-		}
-	})
+}
+
+// onlyAgent makes sure that no other agent works on this machine: two would take each other's work back. The kernel
+// drops the lock when the process ends, however it ends.
+func onlyAgent(socket string) (*os.File, error) {
+	if err := os.MkdirAll(filepath.Dir(socket), 0o755); err != nil {
+		return nil, fmt.Errorf("status socket: %w", err)
+	}
+	lock, err := os.OpenFile(socket+".lock", os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock of the status socket: %w", err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, fmt.Errorf("another agent runs on this machine: %s is locked (%w)", lock.Name(), err)
+	}
+	return lock, nil
 }
 
 // ended drops the error that only says that we were asked to stop.

@@ -42,6 +42,11 @@ JSON files of a folder, follows their changes, and serves and announces them on 
 		if err != nil {
 			return err
 		}
+		lock, err := onlyAgent(conf.StatusSocket)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = lock.Close() }()
 		var addrs []netip.Addr
 		for _, text := range *own {
 			a, err := netip.ParseAddr(text)

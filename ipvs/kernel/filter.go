@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/longshore-lb/longshore/ipvs"
@@ -17,6 +18,10 @@ const tableName = "longshore"
 
 // elementsPerMessage keeps one netlink message below the 64 KiB that an attribute can hold.
 const elementsPerMessage = 500
+
+// sendBuffer is enough for a transaction of a million elements, of some 50 bytes each. The kernel takes that much memory
+// only while a transaction is that large.
+const sendBuffer = 64 << 20
 
 // filter is our nftables tables: one for each of ip and ip6, and one for arp, which silences the kernel for
 // our VIPs (it answers ARP for every address that a local route covers, on every node).
@@ -53,7 +58,8 @@ type filterFamily struct {
 }
 
 func newFilter() (*filter, error) {
-	conn, err := nftables.New()
+	// A transaction is one datagram, however many elements it has.
+	conn, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error { return c.SetWriteBuffer(sendBuffer) }))
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}

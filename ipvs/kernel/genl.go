@@ -86,7 +86,9 @@ func openGenl() (*genl, error) {
 	}
 	// A reply that does not come would otherwise hold its caller for ever.
 	timeout := unix.NsecToTimeval(int64(30 * time.Second))
+	const receiveBuffer = 4 << 20 // each operation that fails is answered with a datagram of its own
 	err = errors.Join(
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer),
 		unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}),
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout),
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout),
@@ -144,8 +146,8 @@ func (g *genl) write(messages []message) []error {
 
 // exchange sends one batch whose messages are numbered from first and waits for the answer to the last.
 func (g *genl) exchange(batch []byte, first uint32, errs []error) error {
-	if err := unix.Sendto(g.fd, batch, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return fmt.Errorf("netlink send: %w", err)
+	if err := g.send(batch); err != nil {
+		return err
 	}
 	last := first + uint32(len(errs)) - 1
 	for {
@@ -174,8 +176,8 @@ func (g *genl) read(m message, dump bool, each func(attrs []byte) error) error {
 	}
 	request := g.encode(m, flags)
 	seq := g.seq
-	if err := unix.Sendto(g.fd, request, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return fmt.Errorf("netlink send: %w", err)
+	if err := g.send(request); err != nil {
+		return err
 	}
 	for {
 		done := false
@@ -202,9 +204,32 @@ func (g *genl) read(m message, dump bool, each func(attrs []byte) error) error {
 	}
 }
 
+func (g *genl) send(b []byte) error {
+	err := uninterrupted(func() error {
+		return unix.Sendto(g.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+	})
+	if err != nil {
+		return fmt.Errorf("netlink send: %w", err)
+	}
+	return nil
+}
+
+// uninterrupted repeats a system call that a signal ended. With a timeout on the socket the kernel does not (signal(7)).
+func uninterrupted(call func() error) error {
+	for {
+		if err := call(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
 // receive reads one datagram and hands its messages on.
 func (g *genl) receive(each func(h unix.NlMsghdr, payload []byte) error) error {
-	n, _, err := unix.Recvfrom(g.fd, g.buf, 0)
+	n := 0
+	err := uninterrupted(func() (err error) {
+		n, _, err = unix.Recvfrom(g.fd, g.buf, 0)
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("netlink receive: %w", err)
 	}

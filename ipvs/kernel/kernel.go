@@ -199,6 +199,12 @@ func (k *Kernel) applyServers(run []ipvs.Operation, absent map[ipvs.Frontend]err
 			errs[i] = fmt.Errorf("virtual server %s: %w", o.VirtualServer.Frontend, err)
 			continue
 		}
+		if adds := o.Kind == ipvs.KindVirtualServer && o.Verb == ipvs.Add; !adds && !k.owned[o.VirtualServer.Frontend] {
+			if o.Verb != ipvs.Delete { // nothing of ours is there to delete
+				errs[i] = ipvs.ErrForeign
+			}
+			continue
+		}
 		messages, sent = append(messages, encodeOperation(o)), append(sent, i)
 		if name := o.VirtualServer.Scheduler; o.Kind == ipvs.KindVirtualServer && o.Verb != ipvs.Delete && !k.schedulers[name] {
 			k.schedulers[name] = true
@@ -213,12 +219,13 @@ func (k *Kernel) applyServers(run []ipvs.Operation, absent map[ipvs.Frontend]err
 	return errs
 }
 
-// settled turns the kernel's errno into what it means for an operation. What is gone already needs no deletion.
+// settled turns the kernel's errno into what it means for an operation. What is gone already needs no deletion; but
+// an element's errno is that of its whole transaction, of which nothing was done.
 func settled(o ipvs.Operation, err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case o.Verb == ipvs.Delete && (errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT)):
+	case o.Verb == ipvs.Delete && o.Kind != ipvs.KindElement && (errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT)):
 		return nil
 	case o.Kind == ipvs.KindVirtualServer && o.Verb == ipvs.Add && errors.Is(err, unix.EEXIST):
 		return ipvs.ErrForeign

@@ -264,6 +264,43 @@ func TestOthersAreLeftAlone(t *testing.T) {
 	}
 }
 
+// TestManyElements puts more into one transaction than a socket takes by default.
+func TestManyElements(t *testing.T) {
+	k := open(t)
+	var want ipvs.State
+	for i := range 20_000 {
+		addr := netip.AddrFrom4([4]byte{10, 97, byte(i >> 8), byte(i)})
+		want.AddFrontend(ipvs.Frontends, ipvs.At(ipvs.TCP, netip.AddrPortFrom(addr, 80)))
+		want.AddPrefix(ipvs.VIPs, netip.PrefixFrom(addr, 32))
+	}
+	apply(t, k, ipvs.Diff(ipvs.State{}, want))
+	if got := len(observe(t, k).Elements); got != 40_000 {
+		t.Errorf("%d elements, want 40000", got)
+	}
+	apply(t, k, ipvs.Diff(want, ipvs.State{}))
+	if got := len(observe(t, k).Elements); got != 0 {
+		t.Errorf("%d elements are left", got)
+	}
+}
+
+// TestMissingElement: an element that somebody else has deleted takes no other deletion with it unnoticed.
+func TestMissingElement(t *testing.T) {
+	k := open(t)
+	var have ipvs.State
+	for _, p := range []string{"192.0.2.1/32", "192.0.2.2/32"} {
+		have.AddPrefix(ipvs.VIPs, netip.MustParsePrefix(p))
+	}
+	apply(t, k, ipvs.Diff(ipvs.State{}, have))
+	run(t, "nft", "delete element ip longshore vips { 192.0.2.1 }")
+	if failed := k.Apply(ipvs.Diff(have, ipvs.State{})); len(failed) != 2 {
+		t.Errorf("failures %v, want both deletions: they were one transaction", failed)
+	}
+	apply(t, k, ipvs.Diff(observe(t, k), ipvs.State{}))
+	if got := observe(t, k); len(got.Elements) != 0 {
+		t.Errorf("left: %v", got.Elements)
+	}
+}
+
 func TestUnknownScheduler(t *testing.T) {
 	k := open(t)
 	var want ipvs.State
