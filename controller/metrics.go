@@ -32,7 +32,7 @@ func newMetrics() *metrics {
 			Name: "longshore_services", Help: "Services that the agent knows.",
 		}),
 		announced: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "longshore_announced_addresses", Help: "LoadBalancer addresses whose Service the kernel serves, announced by this node or another.",
+			Name: "longshore_announced_addresses", Help: "LoadBalancer addresses of all Services, whichever node announces them, without those the kernel refused.",
 		}),
 	}
 	m.registry.MustRegister(m.operations, m.services, m.announced,
