@@ -26,6 +26,24 @@ import (
 // Namespace is where the chart is installed.
 const Namespace = "longshore-system"
 
+// Web is a Deployment of six pods that answer at port 8080, TCP and UDP.
+const Web = `
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web}
+spec:
+  replicas: 6
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}}
+    spec:
+      containers:
+      - name: web
+        image: lab
+        ports: [{containerPort: 8080}, {containerPort: 8080, protocol: UDP}]
+        readinessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}
+---`
+
 // Installation is longshore in a cluster of the lab, installed by its Helm chart: the agents and the controllers are the
 // chart's own pods, run as processes, under the chart's own service accounts.
 type Installation struct {

@@ -75,22 +75,7 @@ func TestScenarios(t *testing.T) {
 	}
 }
 
-const web = `
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: web}
-spec:
-  replicas: 6
-  selector: {matchLabels: {app: web}}
-  template:
-    metadata: {labels: {app: web}}
-    spec:
-      containers:
-      - name: web
-        image: lab
-        ports: [{containerPort: 8080}, {containerPort: 8080, protocol: UDP}]
-        readinessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}
----
+const web = Web + `
 apiVersion: v1
 kind: Service
 metadata: {name: web}

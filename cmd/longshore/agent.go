@@ -86,19 +86,11 @@ func agentCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		conf, err := flags.load(c)
-		if err != nil {
-			return err
-		}
 		restConfig, namespace, err := cluster.config()
 		if err != nil {
 			return err
 		}
-		data, err := kernel.Open(log)
-		if err != nil {
-			return err
-		}
-		lock, err := onlyAgent(conf.StatusSocket)
+		conf, data, lock, err := flags.begin(c, log)
 		if err != nil {
 			return err
 		}
@@ -110,6 +102,20 @@ func agentCommand() *cobra.Command {
 		return runClusterAgent(c.Context(), flags.node, conf, kube, data, log)
 	}
 	return c
+}
+
+// begin reads the configuration, opens the kernel, and makes sure that this is the only agent; the lock is to be closed.
+func (f *agentFlags) begin(c *cobra.Command, log *slog.Logger) (config.Agent, *kernel.Kernel, *os.File, error) {
+	conf, err := f.load(c)
+	if err != nil {
+		return conf, nil, nil, err
+	}
+	data, err := kernel.Open(log)
+	if err != nil {
+		return conf, nil, nil, err
+	}
+	lock, err := onlyAgent(conf.StatusSocket)
+	return conf, data, lock, err
 }
 
 func runClusterAgent(ctx context.Context, node string, conf config.Agent, kube *controller.Kubernetes, data *kernel.Kernel, log *slog.Logger) error {

@@ -9,7 +9,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/longshore-lb/longshore/controller"
-	"github.com/longshore-lb/longshore/ipvs/kernel"
 )
 
 func runCommand() *cobra.Command {
@@ -34,15 +33,7 @@ JSON files of a folder, follows their changes, and serves and announces them on 
 		if *folder == "" {
 			return errors.New("--manifests is required")
 		}
-		conf, err := flags.load(c)
-		if err != nil {
-			return err
-		}
-		data, err := kernel.Open(log)
-		if err != nil {
-			return err
-		}
-		lock, err := onlyAgent(conf.StatusSocket)
+		conf, data, lock, err := flags.begin(c, log)
 		if err != nil {
 			return err
 		}

@@ -24,7 +24,7 @@ import (
 	"github.com/longshore-lb/longshore/e2e/lab"
 )
 
-const objects = `
+const objects = e2e.Web + `
 apiVersion: metallb.io/v1beta1
 kind: IPAddressPool
 metadata: {name: lan, namespace: longshore-system}
@@ -49,21 +49,6 @@ apiVersion: metallb.io/v1beta2
 kind: BGPPeer
 metadata: {name: router, namespace: longshore-system}
 spec: {myASN: 64513, peerASN: 64512, peerAddress: 172.31.0.1, holdTime: 9s, keepaliveTime: 3s, connectTime: 1s}
----
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: web}
-spec:
-  replicas: 6
-  selector: {matchLabels: {app: web}}
-  template:
-    metadata: {labels: {app: web}}
-    spec:
-      containers:
-      - name: web
-        image: lab
-        ports: [{containerPort: 8080}]
-        readinessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}
 ---
 apiVersion: v1
 kind: Service
