@@ -166,7 +166,6 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-settle:
 			a.settled, again = true, true
 		case <-retry.C:
-			full = full || len(a.failures) > 0
 		}
 		changes, synced := a.Inbox.take()
 		if !synced {
@@ -178,11 +177,11 @@ func (a *Agent) Run(ctx context.Context) error {
 			retry.Reset(retryAfter)
 			continue
 		}
-		full = !a.Ready()
+		full = len(a.failures) > 0 // what failed is not forgotten by a pass about something else
 		switch {
-		case full || a.stale:
+		case !a.Ready() || a.stale:
 			retry.Reset(retryAfter)
-		case len(a.failures) > 0:
+		case full:
 			retry.Reset(retryForeignAfter)
 		}
 	}
