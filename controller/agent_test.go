@@ -582,8 +582,43 @@ func TestAgentHandOver(t *testing.T) {
 	})
 }
 
-// Of two Services on one frontend the first has it; the other one is told so, once, until the first one goes.
-func TestAgentConflict(t *testing.T) {
+// TestAgentForeign holds that somebody else's virtual server in the way leaves the node ready and the address unannounced,
+// and that a pass about something else forgets neither.
+func TestAgentForeign(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m, inbox := newMachine(t, "n1"), NewInbox()
+		m.refuse = func(o ipvs.Operation) error {
+			if o.VirtualServer.Frontend.Addr.Addr() == netip.MustParseAddr("192.0.2.1") && o.Verb != ipvs.Delete {
+				return ipvs.ErrForeign
+			}
+			return nil
+		}
+		a := m.start(inbox, nil)
+		defer a.stop()
+		site(t, inbox)
+		putAll(t, inbox, service("web", "192.0.2.1", 80, "")+"---"+endpoints("web", true))
+		inbox.Synced()
+		synctest.Wait()
+		putAll(t, inbox, service("api", "192.0.2.2", 80, "")+"---"+endpoints("api", true))
+		synctest.Wait()
+		status, err := a.Status(t.Context())
+		if err != nil || !status.Ready || len(status.Problems) != 2 || !strings.Contains(status.Problems[0], ipvs.ErrForeign.Error()) {
+			t.Errorf("status %+v (%v), want a node that is ready and names the virtual and the real server refused", status, err)
+		}
+		if got := fmt.Sprint(m.answers); got != "[{192.0.2.2 []}]" {
+			t.Errorf("answering for %s, want 192.0.2.2 alone", got)
+		}
+		m.set(func() { m.refuse = nil })
+		time.Sleep(retryForeignAfter + time.Second)
+		synctest.Wait()
+		if got := fmt.Sprint(m.answers); got != "[{192.0.2.1 []} {192.0.2.2 []}]" {
+			t.Errorf("answering for %s when the other one has gone, want both", got)
+		}
+	})
+}
+
+// TestAgentPassword holds that a password which comes after the peer that needs it is found.
+func TestAgentPassword(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m, inbox := newMachine(t, "n1"), NewInbox()
 		var there atomic.Bool
@@ -593,6 +628,34 @@ func TestAgentConflict(t *testing.T) {
 			}
 			return "secret", nil
 		}
+		a := m.start(inbox, nil)
+		defer a.stop()
+		inbox.Put(StandaloneNode("n1", addrs("172.31.0.11")))
+		putAll(t, inbox, `
+apiVersion: metallb.io/v1beta2
+kind: BGPPeer
+metadata: {name: tor}
+spec: {myASN: 64512, peerASN: 64513, peerAddress: 172.31.0.1, passwordSecret: {name: tor}}
+`)
+		inbox.Synced()
+		synctest.Wait()
+		status, err := a.Status(t.Context())
+		if want := []string{`BGPPeer default/tor: spec.passwordSecret: secrets "tor" not found`}; err != nil || !slices.Equal(status.Problems, want) {
+			t.Errorf("problems %q (%v), want %q", status.Problems, err, want)
+		}
+		there.Store(true)
+		time.Sleep(retryAfter + time.Second)
+		synctest.Wait()
+		if peers := m.speaker.Peers; len(peers) != 1 || peers[0].Password != "secret" {
+			t.Errorf("peers %+v, want one with the password", peers)
+		}
+	})
+}
+
+// Of two Services on one frontend the first has it; the other one is told so, once, until the first one goes.
+func TestAgentConflict(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m, inbox := newMachine(t, "n1"), NewInbox()
 		a := m.start(inbox, nil)
 		defer a.stop()
 		inbox.Put(StandaloneNode("n1", addrs("172.31.0.11")))
@@ -693,13 +756,6 @@ func TestAgentServiceCIDRs(t *testing.T) {
 func TestAgentSliceMoves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m, inbox := newMachine(t, "n1"), NewInbox()
-		var there atomic.Bool
-		m.password = func() (string, error) {
-			if !there.Load() {
-				return "", errors.New(`secrets "tor" not found`)
-			}
-			return "secret", nil
-		}
 		a := m.start(inbox, nil)
 		defer a.stop()
 		inbox.Put(StandaloneNode("n1", addrs("172.31.0.11")))
