@@ -254,6 +254,23 @@ func (d *demo) spreadFrom(ctx context.Context, from *lab.Host, service string) e
 
 // requests sends 30 requests and prints which pods answered; so many of them must have.
 func (d *demo) requests(ctx context.Context, from *lab.Host, at netip.AddrPort, pods int) error {
+	seen := map[string]bool{} // endpoints reach the kernel some time after their pods are ready
+	err := lab.Await(ctx, fmt.Sprintf("answers from %d pods", pods), time.Minute, func(ctx context.Context) error {
+		for range 2 * pods {
+			a, err := from.Ask(ctx, "tcp", at)
+			if err != nil {
+				return err
+			}
+			seen[a.Pod] = true
+		}
+		if len(seen) < pods {
+			return fmt.Errorf("%d answered", len(seen))
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
 	count := map[string]int{}
 	for range 30 {
 		a, err := from.Ask(ctx, "tcp", at)
