@@ -214,7 +214,7 @@ func spread(t *testing.T, from *lab.Host, protocol string, at netip.AddrPort, wa
 		a, err := from.Ask(t.Context(), protocol, at)
 		if err != nil {
 			t.Errorf("from %s: %v", from.Name, err)
-			continue
+			return answers
 		}
 		answers = append(answers, a)
 		seen[a.Pod]++
