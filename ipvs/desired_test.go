@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/longshore-lb/longshore/ipvs"
 )
@@ -30,14 +31,7 @@ func TestDesired(t *testing.T) {
 			batch[fmt.Sprintf("owner-%d", r.IntN(6))] = wish
 		}
 		before := clone(realized)
-		var ops []ipvs.Operation
-		if len(batch) == 1 {
-			for owner, wish := range batch {
-				ops = desired.Replace(owner, wish)
-			}
-		} else {
-			ops = desired.ReplaceAll(batch)
-		}
+		ops := desired.ReplaceAll(wishes(batch), time.Time{})
 		model.replace(batch)
 		want := model.state()
 		if diff := difference(want, desired.State()); diff != "" {
@@ -63,6 +57,15 @@ func TestDesired(t *testing.T) {
 			}
 		}
 	}
+}
+
+// wishes is what owners want, with nothing to drain.
+func wishes(states map[string]ipvs.State) map[string]ipvs.Wish {
+	out := map[string]ipvs.Wish{}
+	for owner, s := range states {
+		out[owner] = ipvs.Wish{State: s}
+	}
+	return out
 }
 
 // model is the rule in as few words as there are: who asked first has it.
@@ -131,9 +134,14 @@ func (m *model) state() ipvs.State {
 		}
 		for e := range wish.Elements {
 			switch {
-			case e.Prefix.IsValid():
+			case !e.OfFrontend():
 				s.AddPrefix(e.Set, e.Prefix)
-			case m.holder(e.Frontend) == owner:
+			case m.holder(e.Frontend) != owner:
+			case e.Set == ipvs.Shortcuts:
+				s.AddShortcut(e.Frontend, e.Mark)
+			case e.Set == ipvs.Allowed:
+				s.Restrict(e.Frontend, e.Prefix)
+			case e.Set != ipvs.Restricted: // which comes with what is allowed
 				s.AddFrontend(e.Set, e.Frontend)
 			}
 		}
@@ -170,8 +178,8 @@ func TestDesiredHandOver(t *testing.T) {
 		{"b", "a", "[-E -t 192.0.2.1:80 -s mh]"},
 	} {
 		var d ipvs.Desired
-		d.Replace(test.from, wish("rr"))
-		if got := fmt.Sprint(d.ReplaceAll(map[string]ipvs.State{test.from: {}, test.to: wish("mh")})); got != test.want {
+		d.ReplaceAll(wishes(map[string]ipvs.State{test.from: wish("rr")}), time.Time{})
+		if got := fmt.Sprint(d.ReplaceAll(wishes(map[string]ipvs.State{test.from: {}, test.to: wish("mh")}), time.Time{})); got != test.want {
 			t.Errorf("from %s to %s: %s, want %s", test.from, test.to, got, test.want)
 		}
 	}
@@ -190,11 +198,11 @@ func TestDesiredCost(t *testing.T) {
 			return s
 		}
 		for i := range owners {
-			d.Replace(fmt.Sprint(i), wish(i, "rr"))
+			d.ReplaceAll(wishes(map[string]ipvs.State{fmt.Sprint(i): wish(i, "rr")}), time.Time{})
 		}
-		a, b := wish(5, "mh"), wish(5, "rr")
+		a, b := wishes(map[string]ipvs.State{"5": wish(5, "mh")}), wishes(map[string]ipvs.State{"5": wish(5, "rr")})
 		return testing.AllocsPerRun(100, func() {
-			if n := len(d.Replace("5", a)) + len(d.Replace("5", b)); n != 2 {
+			if n := len(d.ReplaceAll(a, time.Time{})) + len(d.ReplaceAll(b, time.Time{})); n != 2 {
 				t.Fatalf("%d operations, want one for each change", n)
 			}
 		})

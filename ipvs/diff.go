@@ -40,6 +40,8 @@ type Operation struct {
 	RealServer    RealServer
 	Route         netip.Prefix
 	Source        netip.Addr // of a route
+
+	rank uint32 // among the real servers of one virtual server, see [Desired]
 }
 
 // ErrForeign says that a virtual server is there already and is somebody else's. It is left alone.
@@ -99,8 +101,14 @@ func (e Element) String() string {
 	}
 	value := e.Prefix.String()
 	switch {
-	case !e.Prefix.IsValid():
+	case e.OfFrontend():
 		value = fmt.Sprintf("%s . %s . %d", e.Frontend.Addr.Addr(), strings.ToLower(e.Frontend.Protocol.String()), e.Frontend.Addr.Port())
+		if e.Set == Allowed {
+			value += " . " + e.Prefix.String()
+		}
+		if e.Set == Shortcuts {
+			value += fmt.Sprintf(" : %#x", e.Mark)
+		}
 	case e.Set == Hairpin:
 		value = fmt.Sprintf("%s . %s", e.Prefix.Addr(), e.Prefix.Addr())
 	case e.Prefix.IsSingleIP():
@@ -114,15 +122,32 @@ func (e Element) String() string {
 // that is ours is without its mark of ownership: elements, virtual servers, real servers and routes are
 // added in this order, and deleted in the opposite one. The order is total: equal states give equal operations.
 func Diff(observed, desired State) []Operation {
-	var add, del []Operation
+	return order(difference(observed, desired))
+}
+
+// difference is the operations of Diff before they are ordered.
+func difference(observed, desired State) (add, del []Operation) {
+	var turned map[Frontend]bool // shortcuts that lead to another mark now
 	for e := range desired.Elements {
 		if _, ok := observed.Elements[e]; !ok {
 			add = append(add, Operation{Verb: Add, Kind: KindElement, Element: e})
+			if e.Set == Shortcuts {
+				if turned == nil {
+					turned = map[Frontend]bool{}
+				}
+				turned[e.Frontend] = true
+			}
 		}
 	}
 	for e := range observed.Elements {
-		if _, ok := desired.Elements[e]; !ok {
-			del = append(del, Operation{Verb: Delete, Kind: KindElement, Element: e})
+		if _, ok := desired.Elements[e]; ok {
+			continue
+		}
+		o := Operation{Verb: Delete, Kind: KindElement, Element: e}
+		if e.Set == Shortcuts && turned[e.Frontend] {
+			add = append(add, o) // a map holds a key once: the old value goes in the same transaction
+		} else {
+			del = append(del, o)
 		}
 	}
 	for f, v := range desired.VirtualServers {
@@ -151,6 +176,10 @@ func Diff(observed, desired State) []Operation {
 			del = append(del, Operation{Verb: Delete, Kind: KindRoute, Route: p, Source: src})
 		}
 	}
+	return add, del
+}
+
+func order(add, del []Operation) []Operation {
 	slices.SortFunc(add, Operation.compare)
 	slices.SortFunc(del, func(a, b Operation) int { return b.compare(a) })
 	return append(add, del...)
@@ -175,15 +204,23 @@ func diffRealServers(f Frontend, observed, desired map[netip.AddrPort]RealServer
 
 // compare orders operations by kind, then by what they are about.
 func (o Operation) compare(p Operation) int {
+	if o.Kind != p.Kind {
+		return cmp.Compare(o.Kind, p.Kind)
+	}
+	switch o.Kind {
+	case KindElement:
+		return cmp.Or(
+			cmp.Compare(o.Element.Set, p.Element.Set),
+			o.Element.Frontend.Compare(p.Element.Frontend),
+			o.Element.Prefix.Compare(p.Element.Prefix),
+			cmp.Compare(p.Verb, o.Verb), // of one key of a map: delete, then add
+		)
+	case KindRoute:
+		return o.Route.Compare(p.Route)
+	}
 	return cmp.Or(
-		cmp.Compare(o.Kind, p.Kind),
 		o.VirtualServer.Frontend.Compare(p.VirtualServer.Frontend),
+		cmp.Compare(o.rank, p.rank),
 		o.RealServer.Addr.Compare(p.RealServer.Addr),
-		o.Route.Addr().Compare(p.Route.Addr()),
-		cmp.Compare(o.Route.Bits(), p.Route.Bits()),
-		cmp.Compare(o.Element.Set, p.Element.Set),
-		o.Element.Frontend.Compare(p.Element.Frontend),
-		o.Element.Prefix.Addr().Compare(p.Element.Prefix.Addr()),
-		cmp.Compare(o.Element.Prefix.Bits(), p.Element.Prefix.Bits()),
 	)
 }

@@ -92,6 +92,11 @@ func kept(s ipvs.State, f ipvs.Frontend) bool {
 func do(s *ipvs.State, o ipvs.Operation) error {
 	switch o.Kind {
 	case ipvs.KindElement:
+		for e := range s.Elements {
+			if o.Verb == ipvs.Add && e.Set == ipvs.Shortcuts && e.Set == o.Element.Set && e.Frontend == o.Element.Frontend {
+				return fmt.Errorf("the map has the key of %s already", e)
+			}
+		}
 		return put(&s.Elements, o.Verb, o.Element, struct{}{})
 	case ipvs.KindRoute:
 		return put(&s.Routes, o.Verb, o.Route, o.Source)
@@ -197,6 +202,12 @@ func randomState(r *rand.Rand) ipvs.State {
 				s.AddFrontend(ipvs.Frontends, f)
 				if one(2) {
 					s.AddFrontend(ipvs.Masquerade, f)
+				}
+				if one(4) {
+					s.Restrict(f, netip.MustParsePrefix([]string{"10.0.0.0/8", "fd00::/8"}[r.IntN(2)]))
+				}
+				if one(3) {
+					s.AddShortcut(f, 1+r.Uint32N(2))
 				}
 			}
 		}

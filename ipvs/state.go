@@ -150,21 +150,36 @@ const (
 	Pods Set = "pods"
 	// Hairpin is the local endpoints: one that reaches itself through a Service is masqueraded.
 	Hairpin Set = "hairpin"
+	// Dropped is the frontends that new connections get no answer from: those of traffic policy Local on a node
+	// without an endpoint.
+	Dropped Set = "dropped"
+	// Restricted is the frontends that only the sources in Allowed may reach.
+	Restricted Set = "restricted"
+	// Allowed is frontends with the ranges of the sources that may reach them.
+	Allowed Set = "allowed"
+	// Shortcuts leads frontends to firewall marks, for clients in the cluster: they get the virtual server of the mark
+	// in the place of the frontend's own. A virtual server of a mark is ours if, and only if, the mark is in here.
+	Shortcuts Set = "shortcuts"
 )
 
-// Element is one member of one set, comparable: Frontend for frontend sets, else Prefix.
+// Element is one member of one set, comparable. Sets of frontends have Frontend, of ranges Prefix; Allowed has both, and
+// Shortcuts has Frontend and Mark.
 type Element struct {
 	Set      Set
 	Prefix   netip.Prefix
 	Frontend Frontend
+	Mark     uint32
 }
+
+// OfFrontend tells whether the element belongs to a frontend, and so to whoever has that.
+func (e Element) OfFrontend() bool { return e.Frontend != Frontend{} }
 
 // IPv6 tells the family of the table the element is in.
 func (e Element) IPv6() bool {
-	if e.Prefix.IsValid() {
-		return e.Prefix.Addr().Is6()
+	if e.OfFrontend() {
+		return e.Frontend.IPv6
 	}
-	return e.Frontend.IPv6
+	return e.Prefix.Addr().Is6()
 }
 
 // State is what a node's kernel should hold, or holds, of ours. The zero value is empty and ready for reading;
@@ -207,6 +222,19 @@ func (s *State) AddPrefix(set Set, p netip.Prefix) {
 
 // AddFrontend puts a frontend into a set.
 func (s *State) AddFrontend(set Set, f Frontend) { s.addElement(Element{Set: set, Frontend: f}) }
+
+// Restrict lets only sources in the ranges reach a frontend: nobody, if there is none.
+func (s *State) Restrict(f Frontend, sources ...netip.Prefix) {
+	s.AddFrontend(Restricted, f)
+	for _, p := range sources {
+		s.addElement(Element{Set: Allowed, Frontend: f, Prefix: p.Masked()})
+	}
+}
+
+// AddShortcut leads clients in the cluster from a frontend to the virtual server of a mark.
+func (s *State) AddShortcut(f Frontend, mark uint32) {
+	s.addElement(Element{Set: Shortcuts, Frontend: f, Mark: mark})
+}
 
 func (s *State) addElement(e Element) {
 	if s.Elements == nil {
