@@ -6,6 +6,7 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"sigs.k8s.io/yaml"
@@ -99,6 +100,8 @@ func TestChart(t *testing.T) {
 func TestDefaultAgent(t *testing.T) {
 	want := Agent{
 		Scheduler:      "rr",
+		DrainTimeout:   15 * time.Minute,
+		AuditPeriod:    5 * time.Minute,
 		MembersPort:    7946,
 		StatusSocket:   "/run/longshore/agent.sock",
 		HealthAddress:  ":10256",
@@ -120,6 +123,22 @@ func TestParseAgent(t *testing.T) {
 	got, err := ParseAgent("agent.yaml", []byte(`
 scheduler: mh
 nodePortAddresses: [192.168.1.7/16, "fd00::/8"]
+podCIDRs: [10.244.1.9/24, "fd44::/64"]
+masqueradeAll: true
+drainTimeout: 0s
+auditPeriod: 10s
+kernel:
+  tcpTimeout: 15m
+  tcpFinTimeout: 2m
+  udpTimeout: 1s
+  conntrack:
+    maxPerCore: 32768
+    min: 131072
+    tcpEstablishedTimeout: 24h
+    tcpCloseWaitTimeout: 1h
+    udpTimeout: 30s
+    udpStreamTimeout: 3m
+    tcpBeLiberal: true
 loadBalancerClass: example.com/longshore
 members: {port: 1}
 statusSocket: /tmp/s
@@ -132,11 +151,33 @@ metricsAddress: ""
 	want := Agent{
 		Scheduler:         "mh",
 		NodePortAddresses: []netip.Prefix{netip.MustParsePrefix("192.168.0.0/16"), netip.MustParsePrefix("fd00::/8")},
+		PodCIDRs:          []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24"), netip.MustParsePrefix("fd44::/64")},
+		MasqueradeAll:     true,
+		AuditPeriod:       10 * time.Second,
+		Kernel: KernelSettings{
+			TCPTimeout: 15 * time.Minute, TCPFinTimeout: 2 * time.Minute, UDPTimeout: time.Second,
+			ConntrackMaxPerCore: 32768, ConntrackMin: 131072,
+			ConntrackTCPEstablishedTimeout: 24 * time.Hour, ConntrackTCPCloseWaitTimeout: time.Hour,
+			ConntrackUDPTimeout: 30 * time.Second, ConntrackUDPStreamTimeout: 3 * time.Minute,
+			ConntrackTCPBeLiberal: true,
+		},
 		LoadBalancerClass: "example.com/longshore",
 		MembersPort:       1,
 		StatusSocket:      "/tmp/s",
 		HealthAddress:     "[::1]:1",
 	}
+	if diff := cmp.Diff(want, got, compareNetip); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+func TestNodePortPrimary(t *testing.T) {
+	got, err := ParseAgent("agent.yaml", []byte("nodePortAddresses: [primary]"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := DefaultAgent()
+	want.NodePortPrimary = true
 	if diff := cmp.Diff(want, got, compareNetip); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
@@ -153,6 +194,22 @@ func TestParseAgentErrors(t *testing.T) {
 		{"scheduler", "scheduler: fair", `agent.yaml: scheduler: "fair" is not an IPVS scheduler: choose one of rr wrr lc wlc sh dh mh sed nq lblc lblcr fo ovf`},
 		{"no scheduler", `scheduler: ""`, `agent.yaml: scheduler: "" is not an IPVS scheduler: choose one of rr wrr lc wlc sh dh mh sed nq lblc lblcr fo ovf`},
 		{"node port addresses", "nodePortAddresses: [10.0.0.0/8, 10.0.0.1]", `agent.yaml: nodePortAddresses[1]: "10.0.0.1": not a CIDR like 192.168.0.0/16`},
+		{"primary among others", "nodePortAddresses: [10.0.0.0/8, primary]", `agent.yaml: nodePortAddresses[1]: "primary": must stand alone`},
+		{"node ports at loopback", `nodePortAddresses: [0.0.0.0/0, 127.0.0.1/8, "::1/128"]`,
+			`agent.yaml: nodePortAddresses: "127.0.0.0/8": node ports are never served at loopback addresses; to serve them nowhere write a CIDR that no node has, such as 192.0.2.0/24
+agent.yaml: nodePortAddresses: "::1/128": node ports are never served at loopback addresses; to serve them nowhere write a CIDR that no node has, such as 192.0.2.0/24`},
+		{"pods", "podCIDRs: [10.244.0.0]", `agent.yaml: podCIDRs[0]: "10.244.0.0": not a CIDR like 192.168.0.0/16`},
+		{"drain forever", "drainTimeout: 24h1s", `agent.yaml: drainTimeout: "24h1s": must be between 0s and 24h`},
+		{"drain backwards", "drainTimeout: -1s", `agent.yaml: drainTimeout: "-1s": must be between 0s and 24h`},
+		{"drain without unit", `drainTimeout: "15"`, `agent.yaml: drainTimeout: "15": not a duration like 90s or 15m`},
+		{"drain as a number", "drainTimeout: 15", `agent.yaml: drainTimeout: number where string should be`},
+		{"audit all the time", "auditPeriod: 9s", `agent.yaml: auditPeriod: "9s": must be 0s or at least 10s`},
+		{"audit backwards", "auditPeriod: -1h", `agent.yaml: auditPeriod: "-1h": must be 0s or at least 10s`},
+		{"part of a second", "kernel: {udpTimeout: 1500ms}", `agent.yaml: kernel.udpTimeout: "1500ms": must be whole seconds, at most 596h31m23s`},
+		{"more than the kernel has", "kernel: {conntrack: {tcpEstablishedTimeout: 596h31m24s}}",
+			`agent.yaml: kernel.conntrack.tcpEstablishedTimeout: "596h31m24s": must be whole seconds, at most 596h31m23s`},
+		{"fewer than none", "kernel: {conntrack: {maxPerCore: -1, min: 2147483648}}", `agent.yaml: kernel.conntrack.maxPerCore: -1: must be between 0 and 2147483647
+agent.yaml: kernel.conntrack.min: 2147483648: must be between 0 and 2147483647`},
 		{"class", "loadBalancerClass: a/b/c", `agent.yaml: loadBalancerClass: "a/b/c": a valid label key must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]') with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')`},
 		{"port 0", "members: {port: 0}", `agent.yaml: members.port: 0: must be between 1 and 65535`},
 		{"port high", "members: {port: 65536}", `agent.yaml: members.port: 65536: must be between 1 and 65535`},
