@@ -29,14 +29,11 @@ func CheckScheduler(name string) error {
 	return fmt.Errorf("%q is not an IPVS scheduler: choose one of %s", name, strings.Join(Schedulers[:], " "))
 }
 
-// primary stands in nodePortAddresses for the node's main address of each family, as in kube-proxy's configuration.
-const primary = "primary"
-
 // minAuditPeriod keeps an agent from doing nothing but comparing.
 const minAuditPeriod = 10 * time.Second
 
-var errNodePortLoopback = errors.New("node ports are never served at loopback addresses; " +
-	"to serve them nowhere write a CIDR that no node has, such as 192.0.2.0/24")
+const noNodePort = "node ports are never served at loopback addresses; " +
+	"to serve them nowhere write a CIDR that no node has, such as 192.0.2.0/24"
 
 // Agent is the validated configuration of an agent.
 type Agent struct {
@@ -137,54 +134,48 @@ func defaults() agentFile {
 
 // DefaultAgent is the configuration of an agent whose file is empty.
 func DefaultAgent() Agent {
-	a, _ := defaults().validate() // always valid: a test says so
-	return a
+	return defaults().validate(&mistakes{}) // always valid: a test says so
 }
 
 // ParseAgent reads the content of an agent's configuration file, YAML or JSON. A field that is not in the file has its
 // default; one that does not exist, or is written twice, is an error. Each line of an error begins with path.
 func ParseAgent(path string, content []byte) (Agent, error) {
-	file := defaults()
+	return defaults().over(path, content)
+}
+
+// over reads the content of a configuration file over f, which has the fields that are not in it.
+func (f agentFile) over(path string, content []byte) (Agent, error) {
 	text, err := yaml.YAMLToJSONStrict(content)
 	if err != nil {
 		return Agent{}, fmt.Errorf("%s: %w", path, err)
 	}
-	strict, err := json.UnmarshalStrict(text, &file)
+	strict, err := json.UnmarshalStrict(text, &f)
 	if wrong := new(gojson.UnmarshalTypeError); errors.As(err, &wrong) {
 		return Agent{}, fmt.Errorf("%s: %s: %s where %s should be", path, wrong.Field, wrong.Value, wrong.Type)
 	}
 	if err != nil {
 		return Agent{}, fmt.Errorf("%s: %w", path, err)
 	}
-	a, err := file.validate()
-	return a, prefixed(path, append(strict, err))
-}
-
-// prefixed joins errors, each with what it is about.
-func prefixed(path string, errs []error) error {
-	var all []error
-	for _, err := range errs {
-		if joined, ok := err.(interface{ Unwrap() []error }); ok {
-			all = append(all, prefixed(path, joined.Unwrap()))
-		} else if err != nil {
-			all = append(all, fmt.Errorf("%s: %w", path, err))
-		}
+	m := &mistakes{object: path}
+	for _, err := range strict {
+		m.errs = append(m.errs, fmt.Errorf("%s: %w", path, err))
 	}
-	return errors.Join(all...)
+	a := f.validate(m)
+	if err := m.err(); err != nil {
+		return Agent{}, err
+	}
+	return a, nil
 }
 
 // validate makes the configuration of the file.
-func (f agentFile) validate() (Agent, error) {
-	var errs []error
-	wrong := func(field string, value any, err error) {
-		if s, ok := value.(string); ok {
-			value = strconv.Quote(s)
-		}
-		errs = append(errs, fmt.Errorf("%s: %v: %w", field, value, err))
-	}
+func (f agentFile) validate(m *mistakes) Agent {
 	a := Agent{
 		Scheduler:         f.Scheduler,
+		PodCIDRs:          m.prefixes("podCIDRs", f.PodCIDRs),
 		MasqueradeAll:     f.MasqueradeAll,
+		DrainTimeout:      m.duration("drainTimeout", f.DrainTimeout),
+		AuditPeriod:       m.duration("auditPeriod", f.AuditPeriod),
+		Kernel:            f.Kernel.validate(m),
 		LoadBalancerClass: f.LoadBalancerClass,
 		StatusSocket:      f.StatusSocket,
 		HealthAddress:     f.HealthAddress,
@@ -192,108 +183,112 @@ func (f agentFile) validate() (Agent, error) {
 		MembersPort:       uint16(f.Members.Port),
 	}
 	if err := CheckScheduler(f.Scheduler); err != nil {
-		errs = append(errs, fmt.Errorf("scheduler: %w", err))
+		m.errs = append(m.errs, fmt.Errorf("%s: scheduler: %w", m.object, err))
 	}
-	prefixes := func(field string, texts []string) (all []netip.Prefix) {
-		for i, text := range texts {
-			p, err := netip.ParsePrefix(text)
-			if err != nil {
-				wrong(fmt.Sprintf("%s[%d]", field, i), text, errors.New("not a CIDR like 192.168.0.0/16"))
-				continue
-			}
-			all = append(all, p.Masked())
-		}
-		return all
-	}
-	if slices.Equal(f.NodePortAddresses, []string{primary}) {
-		a.NodePortPrimary = true
-	} else if i := slices.Index(f.NodePortAddresses, primary); i >= 0 {
-		wrong(fmt.Sprintf("nodePortAddresses[%d]", i), primary, errors.New("must stand alone"))
-	} else {
-		a.NodePortAddresses = prefixes("nodePortAddresses", f.NodePortAddresses)
-	}
+	a.NodePortAddresses, a.NodePortPrimary = m.nodePortAddresses(f.NodePortAddresses)
 	for _, p := range a.NodePortAddresses {
-		if loopback(p) {
-			wrong("nodePortAddresses", p.String(), errNodePortLoopback)
+		if p.Addr().IsLoopback() {
+			m.add("nodePortAddresses", p.String(), noNodePort)
 		}
 	}
-	a.PodCIDRs = prefixes("podCIDRs", f.PodCIDRs)
-	timed := func(field, text string, check func(time.Duration) error) time.Duration {
-		d, err := time.ParseDuration(text)
-		if err != nil {
-			wrong(field, text, errors.New("not a duration like 90s or 15m"))
-		} else if err := check(d); err != nil {
-			wrong(field, text, err)
-		}
-		return d
+	if a.DrainTimeout < 0 || a.DrainTimeout > 24*time.Hour {
+		m.add("drainTimeout", f.DrainTimeout, "must be between 0s and 24h")
 	}
-	a.DrainTimeout = timed("drainTimeout", f.DrainTimeout, func(d time.Duration) error {
-		if d < 0 || d > 24*time.Hour {
-			return errors.New("must be between 0s and 24h")
-		}
-		return nil
-	})
-	a.AuditPeriod = timed("auditPeriod", f.AuditPeriod, func(d time.Duration) error {
-		if d != 0 && d < minAuditPeriod {
-			return fmt.Errorf("must be 0s or at least %s", minAuditPeriod)
-		}
-		return nil
-	})
-	amount := func(field string, n int) int32 {
-		if n < 0 || n > math.MaxInt32 {
-			wrong(field, n, fmt.Errorf("must be between 0 and %d", math.MaxInt32))
-		}
-		return int32(n)
-	}
-	k, c := f.Kernel, f.Kernel.Conntrack
-	a.Kernel = KernelSettings{
-		TCPTimeout:                     timed("kernel.tcpTimeout", k.TCPTimeout, checkKernelTime),
-		TCPFinTimeout:                  timed("kernel.tcpFinTimeout", k.TCPFinTimeout, checkKernelTime),
-		UDPTimeout:                     timed("kernel.udpTimeout", k.UDPTimeout, checkKernelTime),
-		ConntrackMaxPerCore:            amount("kernel.conntrack.maxPerCore", c.MaxPerCore),
-		ConntrackMin:                   amount("kernel.conntrack.min", c.Min),
-		ConntrackTCPEstablishedTimeout: timed("kernel.conntrack.tcpEstablishedTimeout", c.TCPEstablishedTimeout, checkKernelTime),
-		ConntrackTCPCloseWaitTimeout:   timed("kernel.conntrack.tcpCloseWaitTimeout", c.TCPCloseWaitTimeout, checkKernelTime),
-		ConntrackUDPTimeout:            timed("kernel.conntrack.udpTimeout", c.UDPTimeout, checkKernelTime),
-		ConntrackUDPStreamTimeout:      timed("kernel.conntrack.udpStreamTimeout", c.UDPStreamTimeout, checkKernelTime),
-		ConntrackTCPBeLiberal:          c.TCPBeLiberal,
+	if a.AuditPeriod != 0 && a.AuditPeriod < minAuditPeriod {
+		m.add("auditPeriod", f.AuditPeriod, "must be 0s or at least %s", minAuditPeriod)
 	}
 	if f.LoadBalancerClass != "" {
 		for _, reason := range validation.IsQualifiedName(f.LoadBalancerClass) {
-			wrong("loadBalancerClass", f.LoadBalancerClass, errors.New(reason))
+			m.add("loadBalancerClass", f.LoadBalancerClass, "%s", reason)
 		}
 	}
 	if f.Members.Port < 1 || f.Members.Port > 65535 {
-		wrong("members.port", f.Members.Port, errors.New("must be between 1 and 65535"))
+		m.add("members.port", f.Members.Port, "must be between 1 and 65535")
 	}
 	if err := checkSocket(f.StatusSocket); err != nil {
-		wrong("statusSocket", f.StatusSocket, err)
+		m.add("statusSocket", f.StatusSocket, "%w", err)
 	}
-	if err := checkListen(f.HealthAddress); err != nil {
-		wrong("healthAddress", f.HealthAddress, err)
-	}
-	if err := checkListen(f.MetricsAddress); err != nil {
-		wrong("metricsAddress", f.MetricsAddress, err)
-	}
-	if len(errs) > 0 {
-		return Agent{}, errors.Join(errs...)
-	}
-	return a, nil
+	m.listen("healthAddress", f.HealthAddress)
+	m.listen("metricsAddress", f.MetricsAddress)
+	return a
 }
 
-// loopback tells whether a prefix has no other addresses than loopback ones.
-func loopback(p netip.Prefix) bool {
-	return p.Addr().IsLoopback() && p.Masked().Addr().IsLoopback()
+func (f kernelFile) validate(m *mistakes) KernelSettings {
+	seconds := func(field, text string) time.Duration {
+		d := m.duration("kernel."+field, text)
+		m.kernelTime("kernel."+field, d)
+		return d
+	}
+	amount := func(field string, n int) int32 {
+		if n < 0 || n > math.MaxInt32 {
+			m.add("kernel."+field, n, "must be between 0 and %d", math.MaxInt32)
+		}
+		return int32(n)
+	}
+	c := f.Conntrack
+	return KernelSettings{
+		TCPTimeout:                     seconds("tcpTimeout", f.TCPTimeout),
+		TCPFinTimeout:                  seconds("tcpFinTimeout", f.TCPFinTimeout),
+		UDPTimeout:                     seconds("udpTimeout", f.UDPTimeout),
+		ConntrackMaxPerCore:            amount("conntrack.maxPerCore", c.MaxPerCore),
+		ConntrackMin:                   amount("conntrack.min", c.Min),
+		ConntrackTCPEstablishedTimeout: seconds("conntrack.tcpEstablishedTimeout", c.TCPEstablishedTimeout),
+		ConntrackTCPCloseWaitTimeout:   seconds("conntrack.tcpCloseWaitTimeout", c.TCPCloseWaitTimeout),
+		ConntrackUDPTimeout:            seconds("conntrack.udpTimeout", c.UDPTimeout),
+		ConntrackUDPStreamTimeout:      seconds("conntrack.udpStreamTimeout", c.UDPStreamTimeout),
+		ConntrackTCPBeLiberal:          c.TCPBeLiberal,
+	}
 }
 
-// checkKernelTime tells whether the kernel can have the time: it counts seconds, and ticks in 31 bits. A kernel of 1000
-// ticks a second has the least room.
-func checkKernelTime(d time.Duration) error {
+// nodePortAddresses parses which addresses serve node ports: CIDRs, or the word primary alone.
+func (m *mistakes) nodePortAddresses(texts []string) (cidrs []netip.Prefix, onlyPrimary bool) {
+	const primary = "primary"
+	at := slices.Index(texts, primary)
+	if at < 0 {
+		return m.prefixes("nodePortAddresses", texts), false
+	}
+	if len(texts) > 1 {
+		m.add(fmt.Sprintf("nodePortAddresses[%d]", at), primary, "must stand alone")
+	}
+	return nil, true
+}
+
+// prefixes parses a list of CIDRs.
+func (m *mistakes) prefixes(field string, texts []string) (all []netip.Prefix) {
+	for i, text := range texts {
+		p, err := netip.ParsePrefix(text)
+		if err != nil {
+			m.add(fmt.Sprintf("%s[%d]", field, i), text, "not a CIDR like 192.168.0.0/16")
+			continue
+		}
+		all = append(all, p.Masked())
+	}
+	return all
+}
+
+// duration parses a duration; one that is wrong is 0.
+func (m *mistakes) duration(field, text string) time.Duration {
+	d, err := time.ParseDuration(text)
+	if err != nil {
+		m.add(field, text, "not a duration like 90s or 15m")
+	}
+	return d
+}
+
+// kernelTime notes a time that the kernel cannot have: it counts seconds, and ticks in 31 bits. A kernel of 1000 ticks
+// a second has the least room.
+func (m *mistakes) kernelTime(field string, d time.Duration) {
 	const most = math.MaxInt32 / 1000 * time.Second
 	if d < 0 || d > most || d%time.Second != 0 {
-		return fmt.Errorf("must be whole seconds, at most %s", most)
+		m.add(field, d.String(), "must be whole seconds, at most %s", most)
 	}
-	return nil
+}
+
+// listen notes an address that no server can listen on.
+func (m *mistakes) listen(field, address string) {
+	if err := checkListen(address); err != nil {
+		m.add(field, address, "%w", err)
+	}
 }
 
 // checkSocket tells whether a Unix socket can have the path.

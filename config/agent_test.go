@@ -205,7 +205,7 @@ agent.yaml: nodePortAddresses: "::1/128": node ports are never served at loopbac
 		{"drain as a number", "drainTimeout: 15", `agent.yaml: drainTimeout: number where string should be`},
 		{"audit all the time", "auditPeriod: 9s", `agent.yaml: auditPeriod: "9s": must be 0s or at least 10s`},
 		{"audit backwards", "auditPeriod: -1h", `agent.yaml: auditPeriod: "-1h": must be 0s or at least 10s`},
-		{"part of a second", "kernel: {udpTimeout: 1500ms}", `agent.yaml: kernel.udpTimeout: "1500ms": must be whole seconds, at most 596h31m23s`},
+		{"part of a second", "kernel: {udpTimeout: 1500ms}", `agent.yaml: kernel.udpTimeout: "1.5s": must be whole seconds, at most 596h31m23s`},
 		{"more than the kernel has", "kernel: {conntrack: {tcpEstablishedTimeout: 596h31m24s}}",
 			`agent.yaml: kernel.conntrack.tcpEstablishedTimeout: "596h31m24s": must be whole seconds, at most 596h31m23s`},
 		{"fewer than none", "kernel: {conntrack: {maxPerCore: -1, min: 2147483648}}", `agent.yaml: kernel.conntrack.maxPerCore: -1: must be between 0 and 2147483647
