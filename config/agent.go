@@ -150,11 +150,8 @@ func (f agentFile) over(path string, content []byte) (Agent, error) {
 		return Agent{}, fmt.Errorf("%s: %w", path, err)
 	}
 	strict, err := json.UnmarshalStrict(text, &f)
-	if wrong := new(gojson.UnmarshalTypeError); errors.As(err, &wrong) {
-		return Agent{}, fmt.Errorf("%s: %s: %s where %s should be", path, wrong.Field, wrong.Value, wrong.Type)
-	}
 	if err != nil {
-		return Agent{}, fmt.Errorf("%s: %w", path, err)
+		return Agent{}, undecoded(path, err)
 	}
 	m := &mistakes{object: path}
 	for _, err := range strict {
@@ -165,6 +162,22 @@ func (f agentFile) over(path string, content []byte) (Agent, error) {
 		return Agent{}, err
 	}
 	return a, nil
+}
+
+// undecoded is why a file could not be decoded.
+func undecoded(path string, err error) error {
+	if wrong := new(gojson.UnmarshalTypeError); errors.As(err, &wrong) {
+		path += ": " + wrong.Field
+	}
+	return fmt.Errorf("%s: %w", path, readable(err))
+}
+
+// readable says in few words that a value has the wrong type.
+func readable(err error) error {
+	if wrong := new(gojson.UnmarshalTypeError); errors.As(err, &wrong) {
+		return fmt.Errorf("%s where %s should be", wrong.Value, wrong.Type)
+	}
+	return err
 }
 
 // validate makes the configuration of the file.
@@ -182,9 +195,7 @@ func (f agentFile) validate(m *mistakes) Agent {
 		MetricsAddress:    f.MetricsAddress,
 		MembersPort:       uint16(f.Members.Port),
 	}
-	if err := CheckScheduler(f.Scheduler); err != nil {
-		m.errs = append(m.errs, fmt.Errorf("%s: scheduler: %w", m.object, err))
-	}
+	m.scheduler("scheduler", f.Scheduler)
 	a.NodePortAddresses, a.NodePortPrimary = m.nodePortAddresses(f.NodePortAddresses)
 	for _, p := range a.NodePortAddresses {
 		if p.Addr().IsLoopback() {
@@ -237,6 +248,13 @@ func (f kernelFile) validate(m *mistakes) KernelSettings {
 		ConntrackUDPTimeout:            seconds("conntrack.udpTimeout", c.UDPTimeout),
 		ConntrackUDPStreamTimeout:      seconds("conntrack.udpStreamTimeout", c.UDPStreamTimeout),
 		ConntrackTCPBeLiberal:          c.TCPBeLiberal,
+	}
+}
+
+// scheduler notes a scheduler that the kernel does not have.
+func (m *mistakes) scheduler(field, name string) {
+	if err := CheckScheduler(name); err != nil {
+		m.errs = append(m.errs, fmt.Errorf("%s: %s: %w", m.object, field, err))
 	}
 }
 
