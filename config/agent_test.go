@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"os"
 	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -71,6 +72,16 @@ func TestChart(t *testing.T) {
 		if !strings.Contains(string(template), "\n    "+name+":") {
 			t.Errorf("the chart's agent.yaml does not write %s", name)
 		}
+	}
+	// Over kube-proxy's configuration it leaves out what is the default.
+	compared := map[string]string{}
+	for _, c := range regexp.MustCompile(`\(ne \$agent\.(\w+) "(.*)"\)`).FindAllStringSubmatch(string(template), -1) {
+		compared[c[1]] = c[2]
+	}
+	d := defaults()
+	same := map[string]string{"scheduler": d.Scheduler, "auditPeriod": d.AuditPeriod, "metricsAddress": d.MetricsAddress}
+	if diff := cmp.Diff(same, compared); diff != "" {
+		t.Errorf("the chart's agent.yaml takes other values for the defaults (-default +template):\n%s", diff)
 	}
 	content, err := os.ReadFile(chart + "values.yaml")
 	if err != nil {

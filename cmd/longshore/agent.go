@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,37 +30,56 @@ const (
 
 // agentFlags are common to the agent of a cluster and the standalone one.
 type agentFlags struct {
-	config, node, socket, health string
+	config, kubeProxy, node, socket, health string
+
+	kubeconfig string // of kube-proxy's configuration
 }
 
 func (f *agentFlags) add(c *cobra.Command) {
 	c.Flags().StringVar(&f.config, "config", "", "configuration file; by default every field has its default")
-	c.Flags().StringVar(&f.node, "node", "", "name of this node; by default NODE_NAME, else the host name")
+	c.Flags().StringVar(&f.kubeProxy, "kube-proxy-config", "", "kube-proxy's configuration file (KubeProxyConfiguration); what --config writes wins over it")
+	c.Flags().StringVar(&f.node, "node", "", "name of this node; by default NODE_NAME, else kube-proxy's hostnameOverride, else the host name")
 	c.Flags().StringVar(&f.socket, "status-socket", "", "overrides statusSocket of the configuration file")
 	c.Flags().StringVar(&f.health, "health-address", "", "overrides healthAddress of the configuration file")
 }
 
-// load reads the configuration file and fills in the node's name.
-func (f *agentFlags) load(c *cobra.Command) (config.Agent, error) {
-	conf := config.DefaultAgent()
-	if f.config != "" {
-		content, err := os.ReadFile(f.config)
+// load reads the configuration files and fills in the node's name.
+func (f *agentFlags) load(c *cobra.Command, log *slog.Logger) (config.Agent, error) {
+	var base config.KubeProxy
+	parse := config.ParseAgent
+	if f.kubeProxy != "" {
+		content, err := os.ReadFile(f.kubeProxy)
 		if err != nil {
-			return conf, fmt.Errorf("configuration: %w", err)
+			return config.Agent{}, fmt.Errorf("kube-proxy's configuration: %w", err)
 		}
-		if conf, err = config.ParseAgent(f.config, content); err != nil {
-			return conf, fmt.Errorf("configuration: %w", err)
+		var warnings []string
+		if base, warnings, err = config.ParseKubeProxy(f.kubeProxy, content); err != nil {
+			return config.Agent{}, fmt.Errorf("kube-proxy's configuration: %w", err)
+		}
+		for _, warning := range warnings {
+			log.Warn("kube-proxy's configuration: not taken as it is", "field", warning)
+		}
+		parse = base.ParseAgent
+	}
+	var content []byte
+	if f.config != "" {
+		var err error
+		if content, err = os.ReadFile(f.config); err != nil {
+			return config.Agent{}, fmt.Errorf("configuration: %w", err)
 		}
 	}
+	conf, err := parse(f.config, content)
+	if err != nil {
+		return conf, fmt.Errorf("configuration: %w", err)
+	}
+	f.kubeconfig = base.Kubeconfig
 	if f.socket != "" {
 		conf.StatusSocket = f.socket
 	}
 	if c.Flags().Changed("health-address") {
 		conf.HealthAddress = f.health
 	}
-	if f.node == "" {
-		f.node = os.Getenv("NODE_NAME")
-	}
+	f.node = cmp.Or(f.node, os.Getenv("NODE_NAME"), base.Node)
 	if f.node == "" {
 		name, err := os.Hostname()
 		if err != nil {
@@ -86,15 +106,22 @@ func agentCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		restConfig, namespace, err := cluster.config()
-		if err != nil {
-			return err
-		}
 		conf, data, lock, err := flags.begin(c, log)
 		if err != nil {
 			return err
 		}
 		defer func() { _ = lock.Close() }()
+		switch {
+		case cluster.kubeconfig != "" || flags.kubeconfig == "":
+		case inPod():
+			log.Info("kube-proxy's kubeconfig is not used: a pod has its service account", "kubeconfig", flags.kubeconfig)
+		default:
+			cluster.kubeconfig = flags.kubeconfig
+		}
+		restConfig, namespace, err := cluster.config()
+		if err != nil {
+			return err
+		}
 		kube, err := controller.NewKubernetes(restConfig, namespace)
 		if err != nil {
 			return err
@@ -104,9 +131,15 @@ func agentCommand() *cobra.Command {
 	return c
 }
 
-// begin reads the configuration, opens the kernel, and makes sure that this is the only agent; the lock is to be closed.
+// inPod tells whether the process runs in a pod, as client-go does.
+func inPod() bool {
+	return os.Getenv("KUBERNETES_SERVICE_HOST") != "" && os.Getenv("KUBERNETES_SERVICE_PORT") != ""
+}
+
+// begin reads the configuration, opens the kernel, makes sure that this is the only agent, and sets what all of the
+// machine shares; the lock is to be closed.
 func (f *agentFlags) begin(c *cobra.Command, log *slog.Logger) (config.Agent, *kernel.Kernel, *os.File, error) {
-	conf, err := f.load(c)
+	conf, err := f.load(c, log)
 	if err != nil {
 		return conf, nil, nil, err
 	}
@@ -115,7 +148,13 @@ func (f *agentFlags) begin(c *cobra.Command, log *slog.Logger) (config.Agent, *k
 		return conf, nil, nil, err
 	}
 	lock, err := onlyAgent(conf.StatusSocket)
-	return conf, data, lock, err
+	if err != nil {
+		return conf, data, nil, err
+	}
+	if err := data.Configure(kernel.Settings(conf.Kernel)); err != nil { // Services work without
+		log.Error("cannot set all settings of the kernel", "error", err)
+	}
+	return conf, data, lock, nil
 }
 
 func runClusterAgent(ctx context.Context, node string, conf config.Agent, kube *controller.Kubernetes, data *kernel.Kernel, log *slog.Logger) error {
