@@ -1,18 +1,22 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"log/slog"
 	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
@@ -29,8 +33,14 @@ type DataPlane interface {
 	Prepare() error
 	// Observe reads what is longshore's in the kernel.
 	Observe() (ipvs.State, error)
+	// Intact tells whether what Prepare set up is still so.
+	Intact() bool
 	// Apply does the operations in their order and returns those that failed; the others are done.
 	Apply([]ipvs.Operation) []ipvs.Failure
+	// Connections is how many connections the real servers of some virtual servers have.
+	Connections([]ipvs.Frontend) (map[ipvs.Frontend]map[netip.AddrPort]int, error)
+	// PortInUse tells whether a process of this node has a port of its own, at which it would no longer be reached.
+	PortInUse(ipvs.Protocol, uint16) bool
 }
 
 // Layer2 answers ARP and NDP (package announcer/layer2).
@@ -78,6 +88,9 @@ type AgentOptions struct {
 	Log       *slog.Logger
 	// Password reads the password of a BGP peer from the Secret of that name; nil if there are no Secrets.
 	Password func(ctx context.Context, secret string) (string, error)
+	// WatchPods makes the inbox receive pods too. It is called once, when a Service first wants their weights; nil if there
+	// are no pods to watch.
+	WatchPods func()
 }
 
 // How long the agent waits: before it tries again what the kernel refused, and at its start for the other agents to
@@ -88,6 +101,13 @@ const (
 	settleAfter       = 5 * time.Second
 )
 
+// upkeepEvery is how often real servers that drain, or start slowly, are looked at.
+const upkeepEvery = time.Second
+
+// firstChunk is how many Services the first pass brings into the kernel at a time: those that come first are served
+// first, and what is held in memory for a chunk is small.
+const firstChunk = 256
+
 // Agent brings Services into the kernel of one node and their addresses onto the network. What it does in one pass is
 // proportional to what changed, except for its first pass and those after a failure.
 type Agent struct {
@@ -97,41 +117,67 @@ type Agent struct {
 	metrics *metrics
 
 	// All of what follows belongs to Run.
-	snapshot  *snapshot
-	desired   ipvs.Desired
-	services  map[types.NamespacedName]*served
-	crossed   map[types.NamespacedName]struct{} // Services that did not get a frontend because another one has it
-	node      NodeView
-	network   NetworkView
-	peers     []config.Peer
-	settled   bool
-	stale     bool // the configuration could not be read whole, such as a password
-	pools     goodPools
-	refused   []string       // why objects of group metallb.io are not in use
-	announced []Announced    // as it was last told to the network
-	failures  []ipvs.Failure // of the last pass
+	snapshot *snapshot
+	desired  ipvs.Desired
+	services map[types.NamespacedName]*served
+	crossed  map[types.NamespacedName]struct{} // Services that did not get a frontend because another one has it
+	ramping  map[types.NamespacedName]struct{} // Services with a real server in its slow start
+	marks    marks
+	node     NodeView
+	overlaps []string // ServiceCIDRs that have a node's address in them, as last reported
+	network  NetworkView
+	peers    []config.Peer
+	settled  bool
+	adopted  bool // the first pass is over
+	untold   bool // the view of the network has changed since the network was last told
+	stale    bool // the configuration could not be read whole, such as a password
+	pools    goodPools
+	refused  []string                             // why objects of group metallb.io are not in use
+	told     map[types.NamespacedName][]Announced // what the network was last told
+	failures []ipvs.Failure                       // of the last pass
 }
 
 // served is what the agent remembers of a Service.
 type served struct {
-	scheduler string            // the last good one
-	found     []Problem         // by translation
-	problems  []Problem         // all, as last reported
-	families  []corev1.IPFamily // in which it has a ready endpoint
+	options   Options   // the last good ones
+	found     []Problem // by translation
+	problems  []Problem // all, as last reported
+	reach     map[corev1.IPFamily]map[string]bool
 	announced []Announced
-	reported  []netip.Addr // addresses for which an event said that this node announces them
+	reported  []netip.Addr                 // addresses for which an event said that this node announces them
+	born      map[netip.AddrPort]time.Time // of each real server, if they start slowly
+	nodePorts map[portOf]bool              // those looked at, and whether a process has them
+	health    bool                         // it has a health check port
+	noLocal   [2]bool                      // internal, external: Translation.NoLocal...
+}
+
+type portOf struct {
+	protocol ipvs.Protocol
+	number   uint16
 }
 
 // NewAgent returns an agent that does nothing until Run.
 func NewAgent(o AgentOptions) *Agent {
-	return &Agent{
+	a := &Agent{
 		AgentOptions: o,
 		queries:      make(chan func()),
 		metrics:      newMetrics(),
 		snapshot:     newSnapshot(),
 		services:     map[types.NamespacedName]*served{},
 		crossed:      map[types.NamespacedName]struct{}{},
+		ramping:      map[types.NamespacedName]struct{}{},
+		marks:        marks{},
+		told:         map[types.NamespacedName][]Announced{},
 	}
+	a.desired.Seed = seed(o.Node)
+	return a
+}
+
+// seed is a node's own, and not 0.
+func seed(node string) uint32 {
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(node))
+	return h.Sum32() | 1
 }
 
 // Ready tells whether all that is desired was in the kernel after the last pass. Frontends that somebody else has a
@@ -151,9 +197,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	settle := time.After(settleAfter)
 	retry := time.NewTimer(0)
 	retry.Stop()
+	upkeep := time.NewTicker(upkeepEvery)
+	defer upkeep.Stop()
+	audit, stop := every(a.Config.AuditPeriod)
+	defer stop()
 	full := true // compare with the kernel itself, not with what it was told before
 	for {
-		again := false
+		again, tick := false, false
 		select {
 		case <-ctx.Done():
 			return nil
@@ -165,13 +215,20 @@ func (a *Agent) Run(ctx context.Context) error {
 			again = true
 		case <-settle:
 			a.settled, again = true, true
+		case <-upkeep.C:
+			if a.desired.Draining() == 0 && len(a.ramping) == 0 {
+				continue
+			}
+			tick = true
+		case <-audit:
+			full = true
 		case <-retry.C:
 		}
 		changes, synced := a.Inbox.take()
 		if !synced {
 			continue
 		}
-		if err := a.pass(ctx, changes, full, again); err != nil {
+		if err := a.pass(ctx, changes, full, again, tick); err != nil {
 			a.Log.Error("pass failed, trying again", "error", err, "after", retryAfter)
 			full = true
 			retry.Reset(retryAfter)
@@ -187,54 +244,168 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 }
 
+// every is a ticker that never ticks if its period is 0.
+func every(period time.Duration) (<-chan time.Time, func()) {
+	if period == 0 {
+		return nil, func() {}
+	}
+	t := time.NewTicker(period)
+	return t.C, t.Stop
+}
+
 // pass takes changes in, brings the kernel and then the network to what is desired.
-func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged bool) error {
+func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged, tick bool) error {
 	t := a.snapshot.update(changes)
-	wishes := map[string]ipvs.State{}
-	networkChanged := a.updateViews(ctx, &t, membersChanged, wishes)
+	if tick {
+		maps.Copy(t.services, a.ramping)
+	}
+	networkChanged := a.updateViews(ctx, &t, membersChanged) || a.untold
+	a.untold = networkChanged
+	var done []ipvs.Operation
+	a.failures = nil
+	var err error
+	if a.adopted {
+		done, err = a.update(t, networkChanged, full, tick)
+	} else {
+		done, err = a.begin(t)
+	}
+	if err != nil {
+		a.ready.Store(false)
+		return err
+	}
+	for _, f := range a.failures {
+		a.Log.Error("kernel operation failed", "error", f.Err)
+	}
+	a.ready.Store(!slices.ContainsFunc(a.failures, func(f ipvs.Failure) bool { return !errors.Is(f.Err, ipvs.ErrForeign) }))
+	a.report(t.services)
+	a.announce(t.services, networkChanged)
+	a.metrics.count(done, a.failures)
+	a.metrics.services.Set(float64(len(a.services)))
+	if len(done) > 0 {
+		a.Log.Info("kernel updated", "operations", len(done), "failed", len(a.failures))
+	}
+	return nil
+}
+
+// begin is the first pass. It takes what an earlier process left in the kernel for what there is, and brings the Services in
+// some at a time: what a cluster cannot start without is served first. What nobody wants goes at the end.
+func (a *Agent) begin(t touched) ([]ipvs.Operation, error) {
+	observed, err := a.adopt()
+	if err != nil {
+		return nil, err
+	}
+	a.desired.Adopt(observed)
+	for name := range a.snapshot.services { // some may have come with a pass that failed
+		t.services[name] = struct{}{}
+	}
+	var done []ipvs.Operation
+	do := func(ops []ipvs.Operation) { done = append(done, a.apply(ops)...) }
+	do(a.desired.ReplaceAll(map[string]ipvs.Wish{nodeOwner: TranslateNode(a.node)}, time.Now()))
+	names := slices.SortedFunc(maps.Keys(t.services), a.inOrderOfNeed)
+	for chunk := range slices.Chunk(names, firstChunk) {
+		wishes := map[string]ipvs.Wish{}
+		for _, name := range chunk {
+			wishes[name.String()] = a.translate(name)
+			a.withdraw(name)
+		}
+		do(a.desired.ReplaceAll(wishes, time.Now()))
+	}
+	do(a.desired.Settle())
+	a.adopted = true
+	return done, nil
+}
+
+// nodeOwner owns what the kernel holds whatever Services there are.
+const nodeOwner = "node"
+
+// inOrderOfNeed puts the API server first, then the cluster's DNS, then all others by name.
+func (a *Agent) inOrderOfNeed(m, n types.NamespacedName) int {
+	rank := func(name types.NamespacedName) int {
+		svc := a.snapshot.services[name]
+		switch {
+		case name == types.NamespacedName{Namespace: metav1.NamespaceDefault, Name: "kubernetes"}:
+			return 0
+		case svc != nil && svc.Labels["k8s-app"] == "kube-dns":
+			return 1
+		}
+		return 2
+	}
+	return cmp.Or(cmp.Compare(rank(m), rank(n)), compareNames(m, n))
+}
+
+// update is every pass but the first.
+func (a *Agent) update(t touched, networkChanged, full, tick bool) ([]ipvs.Operation, error) {
+	now := time.Now()
+	wishes := map[string]ipvs.Wish{}
+	if t.node {
+		wishes[nodeOwner] = TranslateNode(a.node)
+	}
 	for name := range t.services {
 		wishes[name.String()] = a.translate(name)
 	}
-	ops := a.desired.ReplaceAll(wishes)
-	a.report(t.services)
+	ops := a.desired.ReplaceAll(wishes, now)
 	if networkChanged || full {
 		for name := range a.services {
 			t.services[name] = struct{}{}
 		}
 	}
-	a.withdraw(t.services)
+	withdrawn := false
+	for name := range t.services {
+		withdrawn = a.withdraw(name) || withdrawn
+	}
+	if withdrawn {
+		a.tell()
+	}
+	if tick {
+		ended, err := a.endDrains(now)
+		if err != nil {
+			return nil, err
+		}
+		ops = append(ops, ended...)
+	}
 	if full {
 		observed, err := a.adopt()
 		if err != nil {
-			a.ready.Store(false)
-			return err
+			return nil, err
 		}
-		ops = ipvs.Diff(observed, a.desired.State())
+		ops = a.desired.Repair(observed)
 	}
-	if a.Log.Enabled(ctx, slog.LevelDebug) {
+	return a.apply(ops), nil
+}
+
+// endDrains removes real servers that have drained. It comes at a tick, not when they begin to: a connection may be on
+// its way to one until the kernel knows that it has weight 0.
+func (a *Agent) endDrains(now time.Time) ([]ipvs.Operation, error) {
+	if a.desired.Draining() == 0 {
+		return nil, nil
+	}
+	connections, err := a.DataPlane.Connections(a.desired.DrainingFrontends())
+	if err != nil {
+		return nil, fmt.Errorf("count the connections of real servers that drain: %w", err)
+	}
+	ops, _ := a.desired.EndDrains(now, connections)
+	return ops, nil
+}
+
+// apply does operations, and notes those that fail.
+func (a *Agent) apply(ops []ipvs.Operation) []ipvs.Operation {
+	if a.Log.Enabled(context.Background(), slog.LevelDebug) {
 		for _, o := range ops {
 			a.Log.Debug("apply", "operation", o.String())
 		}
 	}
-	a.failures = a.DataPlane.Apply(ops)
-	for _, f := range a.failures {
-		a.Log.Error("kernel operation failed", "error", f.Err)
-	}
-	a.ready.Store(!slices.ContainsFunc(a.failures, func(f ipvs.Failure) bool { return !errors.Is(f.Err, ipvs.ErrForeign) }))
-	a.metrics.count(ops, a.failures)
-	a.announce()
-	a.metrics.services.Set(float64(len(a.services)))
-	a.metrics.announced.Set(float64(len(a.announced)))
 	if len(ops) > 0 {
-		a.Log.Info("kernel updated", "operations", len(ops), "failed", len(a.failures))
+		a.failures = append(a.failures, a.DataPlane.Apply(ops)...)
 	}
-	return nil
+	return ops
 }
 
 // adopt reads what is ours in the kernel, and first mends what all Services share: somebody may have flushed nftables.
 func (a *Agent) adopt() (ipvs.State, error) {
-	if err := a.DataPlane.Prepare(); err != nil {
-		return ipvs.State{}, fmt.Errorf("prepare the kernel: %w", err)
+	if !a.adopted || !a.DataPlane.Intact() {
+		if err := a.DataPlane.Prepare(); err != nil {
+			return ipvs.State{}, fmt.Errorf("prepare the kernel: %w", err)
+		}
 	}
 	observed, err := a.DataPlane.Observe()
 	if err != nil {
@@ -245,12 +416,16 @@ func (a *Agent) adopt() (ipvs.State, error) {
 
 // updateViews derives the node's and the network's view from the objects where they changed, and tells whether the
 // network's did. If the node's view is a different one, every Service is touched.
-func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool, wishes map[string]ipvs.State) (networkChanged bool) {
+func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool) (networkChanged bool) {
 	if t.nodes {
 		if node := a.nodeView(); !reflect.DeepEqual(node, a.node) {
-			a.node = node
-			wishes["node"] = TranslateNode(node)
+			a.node, t.node = node, true
 			for name := range a.snapshot.services {
+				t.services[name] = struct{}{}
+			}
+		}
+		for name, s := range a.services {
+			if len(s.options.NodeWeights) > 0 {
 				t.services[name] = struct{}{}
 			}
 		}
@@ -278,11 +453,12 @@ func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool
 
 // nodeView is this node as the data plane needs it.
 func (a *Agent) nodeView() NodeView {
-	v := NodeView{Name: a.Node}
+	v := NodeView{Name: a.Node, PodCIDRs: a.Config.PodCIDRs, PodsKnown: len(a.Config.PodCIDRs) > 0, MasqueradeAll: a.Config.MasqueradeAll}
 	if n := a.snapshot.nodes[types.NamespacedName{Name: a.Node}]; n != nil {
 		v.Addresses = internalIPs(n)
+		v.Zone = n.Labels[corev1.LabelTopologyZone]
 		for _, text := range n.Spec.PodCIDRs {
-			if p, err := netip.ParsePrefix(text); err == nil {
+			if p, err := netip.ParsePrefix(text); err == nil && !v.PodsKnown {
 				v.PodCIDRs = append(v.PodCIDRs, p.Masked())
 			}
 		}
@@ -297,23 +473,50 @@ func (a *Agent) nodeView() NodeView {
 	}
 	for _, addr := range v.Addresses {
 		in := func(p netip.Prefix) bool { return p.Contains(addr) }
-		if len(a.Config.NodePortAddresses) == 0 || slices.ContainsFunc(a.Config.NodePortAddresses, in) {
+		switch {
+		case a.Config.NodePortPrimary && addr != v.Address(addr.Is6()), addr.IsLoopback():
+		case len(a.Config.NodePortAddresses) == 0 || slices.ContainsFunc(a.Config.NodePortAddresses, in):
 			v.NodePortAddrs = append(v.NodePortAddrs, addr)
 		}
 	}
-	for _, c := range sorted(a.snapshot.serviceCIDRs) {
-		for _, text := range c.Spec.CIDRs {
-			if p, err := netip.ParsePrefix(text); err == nil {
-				v.ServiceCIDRs = append(v.ServiceCIDRs, p.Masked())
-			}
-		}
-	}
-	v.ServiceCIDRs = widest(v.ServiceCIDRs)
+	v.ServiceCIDRs = a.usableServiceCIDRs(v)
 	return v
 }
 
-// widest leaves out the prefixes that are inside of others: ServiceCIDRs may overlap, ranges in a set of nftables may not.
-func widest(all []netip.Prefix) []netip.Prefix {
+// usableServiceCIDRs is where cluster IPs come from, without a range that has a node's address in it: to make that local would
+// cut this node off from others. Its cluster IPs are served one by one.
+func (a *Agent) usableServiceCIDRs(v NodeView) []netip.Prefix {
+	nodes := slices.SortedFunc(maps.Keys(v.Others), netip.Addr.Compare)
+	nodes = append(nodes, v.Addresses...)
+	var usable []netip.Prefix
+	var overlaps []string
+	for _, c := range sorted(a.snapshot.serviceCIDRs) {
+		for i, text := range c.Spec.CIDRs {
+			p, err := netip.ParsePrefix(text)
+			if err != nil {
+				continue
+			}
+			at := slices.IndexFunc(nodes, p.Contains)
+			if at < 0 {
+				usable = append(usable, p.Masked())
+				continue
+			}
+			message := fmt.Sprintf("ServiceCIDR %s: spec.cidrs[%d]: %q has the address %s of a node in it; its cluster IPs are served, but "+
+				"packets to its other addresses are not dropped", c.Name, i, text, nodes[at])
+			if !slices.Contains(a.overlaps, message) {
+				a.Events.Event(c, corev1.EventTypeWarning, "OverlapsNodes", message)
+				a.Log.Warn("problem with a ServiceCIDR", "message", message)
+			}
+			overlaps = append(overlaps, message)
+		}
+	}
+	a.overlaps = overlaps
+	return outermost(usable)
+}
+
+// outermost leaves out the prefixes that are inside of others: ServiceCIDRs and source ranges may overlap, ranges in a set
+// of nftables may not.
+func outermost(all []netip.Prefix) []netip.Prefix {
 	var out []netip.Prefix
 	for i, p := range all {
 		inside := func(q netip.Prefix) bool { return q.Bits() < p.Bits() && q.Contains(p.Addr()) }
@@ -436,36 +639,119 @@ func (a *Agent) updateConfig(ctx context.Context) {
 }
 
 // translate brings one Service up to date and returns what the kernel should hold for it.
-func (a *Agent) translate(name types.NamespacedName) ipvs.State {
+func (a *Agent) translate(name types.NamespacedName) ipvs.Wish {
 	svc := a.snapshot.services[name]
 	if svc == nil {
 		delete(a.services, name)
-		return ipvs.State{}
+		delete(a.ramping, name)
+		a.marks.release(name)
+		return ipvs.Wish{}
 	}
+	usual := UsualOptions(a.Config)
 	s := a.services[name]
 	if s == nil {
-		s = &served{scheduler: a.Config.Scheduler}
+		s = &served{options: usual}
 		a.services[name] = s
 	}
-	scheduler, problems := SchedulerOf(svc, a.Config.Scheduler, s.scheduler)
-	state, more := Translate(svc, a.snapshot.slicesOf(name), a.node, scheduler)
-	s.scheduler = scheduler
-	s.found = append(problems, more...)
-	s.families = servedFamilies(state)
-	return state
+	var problems []Problem
+	s.options, problems = OptionsOf(svc, usual, s.options)
+	if s.options.PodWeights {
+		problems = append(problems, a.watchPods()...)
+	}
+	terms := Terms{
+		Options:    s.options,
+		NodeLabels: a.snapshot.labelsOf,
+		PodWeight:  a.snapshot.podWeight,
+		Mark: func(port string, protocol ipvs.Protocol, family corev1.IPFamily) uint32 {
+			return a.marks.of(name, fmt.Sprintf("%s/%s/%s", port, protocol, family))
+		},
+	}
+	delete(a.ramping, name)
+	if s.options.SlowStart > 0 {
+		born := map[netip.AddrPort]time.Time{}
+		terms.Age = a.age(name, s, born)
+		defer func() { s.born = born }()
+	}
+	t := Translate(svc, a.snapshot.slicesOf(name), a.node, terms)
+	s.found = slices.Concat(problems, t.Problems, a.takenPorts(svc, s))
+	s.reach = t.Reach
+	return t.Wish
+}
+
+// age tells how long real servers of a Service have been there, and notes in born since when. Those of a Service that is
+// new, or new to slow start, have been there for ever: there is nobody to take the load meanwhile.
+func (a *Agent) age(name types.NamespacedName, s *served, born map[netip.AddrPort]time.Time) func(netip.AddrPort) time.Duration {
+	now := time.Now()
+	return func(at netip.AddrPort) time.Duration {
+		since, known := s.born[at]
+		if !known && s.born != nil {
+			since = now
+		}
+		born[at] = since
+		age := now.Sub(since)
+		if age < s.options.SlowStart {
+			a.ramping[name] = struct{}{}
+		}
+		return age
+	}
+}
+
+// watchPods begins to watch pods for their weights, and says so if that cannot be.
+func (a *Agent) watchPods() []Problem {
+	if a.WatchPods == nil {
+		return []Problem{{"InvalidAnnotation", "annotation " + PodWeightsAnnotation + ": there are no pods without a cluster"}}
+	}
+	if !a.snapshot.watchesPods {
+		a.snapshot.watchesPods = true
+		a.WatchPods()
+	}
+	return nil
+}
+
+// takenPorts looks, once for each, whether a process of this node has the node ports of a Service. IPVS takes their packets
+// before the process sees them.
+func (a *Agent) takenPorts(svc *corev1.Service, s *served) []Problem {
+	var problems []Problem
+	looked := map[portOf]bool{}
+	for i, p := range svc.Spec.Ports {
+		key := portOf{protocols[cmp.Or(p.Protocol, corev1.ProtocolTCP)], uint16(p.NodePort)}
+		if p.NodePort <= 0 || key.protocol == 0 || len(a.node.NodePortAddrs) == 0 {
+			continue
+		}
+		taken, known := s.nodePorts[key]
+		if !known {
+			taken = a.DataPlane.PortInUse(key.protocol, key.number)
+		}
+		looked[key] = taken
+		if taken {
+			problems = append(problems, Problem{"NodePortInUse", fmt.Sprintf("spec.ports[%d].nodePort: %d/%s: a process of node %s has this port; "+
+				"what is sent there goes to the Service now", i, p.NodePort, key.protocol, a.Node)})
+		}
+	}
+	s.nodePorts = looked
+	return problems
 }
 
 // report sends an event about each new problem of the Services touched, and of those that another one is in the way of.
 func (a *Agent) report(touched map[types.NamespacedName]struct{}) {
 	names := maps.Clone(touched)
 	maps.Copy(names, a.crossed)
+	foreign := map[types.NamespacedName][]Problem{}
+	for _, f := range a.failures {
+		if f.Operation.Kind == ipvs.KindVirtualServer && errors.Is(f.Err, ipvs.ErrForeign) {
+			namespace, name, _ := strings.Cut(a.desired.Holder(f.Operation.VirtualServer.Frontend), "/")
+			of := types.NamespacedName{Namespace: namespace, Name: name}
+			foreign[of] = append(foreign[of], Problem{"ForeignVirtualServer", f.Err.Error()})
+			names[of] = struct{}{}
+		}
+	}
 	for _, name := range slices.SortedFunc(maps.Keys(names), compareNames) {
 		delete(a.crossed, name)
 		s := a.services[name]
 		if s == nil {
 			continue
 		}
-		problems := slices.Clone(s.found)
+		problems := slices.Concat(s.found, foreign[name])
 		for _, c := range a.desired.Conflicts(name.String()) {
 			a.crossed[name] = struct{}{}
 			problems = append(problems, Problem{"FrontendConflict", fmt.Sprintf("%s is served by Service %s already", c.Frontend, c.Holder)})
@@ -480,38 +766,35 @@ func (a *Agent) report(touched map[types.NamespacedName]struct{}) {
 	}
 }
 
-// withdraw decides anew what is announced of the Services touched, and takes back at once what no longer is.
-func (a *Agent) withdraw(touched map[types.NamespacedName]struct{}) {
-	for name := range touched {
-		s := a.services[name]
-		if s == nil {
-			continue
-		}
-		s.announced = nil
-		if svc := a.snapshot.services[name]; svc != nil {
-			s.announced = Announce(svc, s.families, a.network)
-		}
+// withdraw decides anew how a Service is announced, and takes from what the network was told what no longer is so. It
+// tells whether anything was.
+func (a *Agent) withdraw(name types.NamespacedName) bool {
+	var wanted []Announced
+	if s, svc := a.services[name], a.snapshot.services[name]; s != nil && svc != nil {
+		wanted = Announce(svc, s.reach, a.network)
+		s.announced = wanted
 		s.reported = slices.DeleteFunc(s.reported, func(addr netip.Addr) bool {
-			return !slices.ContainsFunc(s.announced, func(w Announced) bool { return w.Address == addr })
+			return !slices.ContainsFunc(wanted, func(w Announced) bool { return w.Address == addr })
 		})
 	}
-	type one struct {
-		service types.NamespacedName
-		addr    netip.Addr
-	}
-	wanted := map[one]Announced{}
-	for _, w := range a.wanted() {
-		wanted[one{w.Service, w.Address}] = w
-	}
 	var staying []Announced
-	for _, was := range a.announced {
-		if w, ok := wanted[one{was.Service, was.Address}]; ok {
-			staying = append(staying, intersect(was, w))
+	for _, was := range a.told[name] {
+		if i := slices.IndexFunc(wanted, func(w Announced) bool { return w.Address == was.Address }); i >= 0 {
+			staying = append(staying, intersect(was, wanted[i]))
 		}
 	}
-	if !reflect.DeepEqual(staying, a.announced) {
-		a.tell(staying)
+	return a.retell(name, staying)
+}
+
+// retell replaces what the network is to be told of one Service, and tells whether that is something else than before.
+func (a *Agent) retell(name types.NamespacedName, all []Announced) bool {
+	if reflect.DeepEqual(all, a.told[name]) || len(all) == 0 && len(a.told[name]) == 0 {
+		return false
 	}
+	if a.told[name] = all; len(all) == 0 {
+		delete(a.told, name)
+	}
+	return true
 }
 
 // intersect is what of an announcement stays.
@@ -534,8 +817,38 @@ func (a *Agent) wanted() []Announced {
 	return all
 }
 
-// announce tells the network about every address whose Service the kernel serves.
-func (a *Agent) announce() {
+// announce tells the network about every address of the Services touched that the kernel serves.
+func (a *Agent) announce(touched map[types.NamespacedName]struct{}, always bool) {
+	broken := a.broken()
+	changed := always
+	var realized []Announced
+	for _, name := range slices.SortedFunc(maps.Keys(touched), compareNames) {
+		if s := a.services[name]; s != nil {
+			all := slices.DeleteFunc(slices.Clone(s.announced), func(w Announced) bool { return broken[w.Address] })
+			changed = a.retell(name, all) || changed
+			realized = append(realized, all...)
+		}
+	}
+	if changed {
+		a.tell()
+	}
+	a.untold = false
+	for _, w := range realized {
+		s := a.services[w.Service]
+		mine := w.Owner == a.Node
+		switch had := slices.Contains(s.reported, w.Address); {
+		case mine && !had:
+			s.reported = append(s.reported, w.Address)
+			a.Events.Event(a.snapshot.services[w.Service], corev1.EventTypeNormal, "nodeAssigned",
+				fmt.Sprintf("announcing %s from node %q with protocol \"layer2\"", w.Address, a.Node))
+		case !mine && had:
+			s.reported = slices.DeleteFunc(s.reported, func(addr netip.Addr) bool { return addr == w.Address })
+		}
+	}
+}
+
+// broken is the addresses that the kernel does not serve as it should.
+func (a *Agent) broken() map[netip.Addr]bool {
 	broken := map[netip.Addr]bool{}
 	missing := map[ipvs.Frontend]int{} // real servers
 	for _, f := range a.failures {
@@ -552,27 +865,19 @@ func (a *Agent) announce() {
 		broken[f.Operation.Element.Prefix.Addr()] = true
 		broken[f.Operation.Route.Addr()] = true
 	}
-	realized := slices.DeleteFunc(a.wanted(), func(w Announced) bool { return broken[w.Address] })
-	a.tell(realized)
-	for _, w := range realized {
-		s := a.services[w.Service]
-		mine := w.Owner == a.Node
-		switch had := slices.Contains(s.reported, w.Address); {
-		case mine && !had:
-			s.reported = append(s.reported, w.Address)
-			a.Events.Event(a.snapshot.services[w.Service], corev1.EventTypeNormal, "nodeAssigned",
-				fmt.Sprintf("announcing %s from node %q with protocol \"layer2\"", w.Address, a.Node))
-		case !mine && had:
-			s.reported = slices.DeleteFunc(s.reported, func(addr netip.Addr) bool { return addr == w.Address })
-		}
-	}
+	return broken
 }
 
-func (a *Agent) tell(all []Announced) {
+// tell tells the network everything that is announced.
+func (a *Agent) tell() {
+	var all []Announced
+	for _, name := range slices.SortedFunc(maps.Keys(a.told), compareNames) {
+		all = append(all, a.told[name]...)
+	}
 	addrs, routes := onTheWire(a.Node, all)
-	a.announced = all
 	a.Layer2.Set(addrs)
 	a.Speaker.Set(a.speakerConfig(routes))
+	a.metrics.announced.Set(float64(len(all)))
 }
 
 // speakerConfig is the sessions and routes of this node. A peer gets routes of the family of its own address, and of the

@@ -34,20 +34,36 @@ type machine struct {
 	t    *testing.T
 	name string
 
-	mu       sync.Mutex
-	state    ipvs.State
-	refuse   func(ipvs.Operation) error // why the kernel does not do an operation; nil = it does everything
-	blind    error                      // why the kernel cannot be observed
-	observed int                        // how often it was
-	answers  []announcer.Address        // what was last told to layer 2
-	speaker  bgp.Config                 // and to BGP
-	password func() (string, error)     // of every BGP peer; nil = there are no Secrets
-	journal  []string
+	mu          sync.Mutex
+	state       ipvs.State
+	refuse      func(ipvs.Operation) error // why the kernel does not do an operation; nil = it does everything
+	blind       error                      // why the kernel cannot be observed
+	observed    int                        // how often it was
+	connections map[ipvs.Frontend]map[netip.AddrPort]int
+	taken       map[uint16]bool        // ports of other processes
+	answers     []announcer.Address    // what was last told to layer 2
+	speaker     bgp.Config             // and to BGP
+	password    func() (string, error) // of every BGP peer; nil = there are no Secrets
+	journal     []string
 }
 
 func newMachine(t *testing.T, name string) *machine { return &machine{t: t, name: name} }
 
 func (m *machine) Prepare() error { return nil }
+
+func (m *machine) Intact() bool { return true }
+
+func (m *machine) Connections([]ipvs.Frontend) (map[ipvs.Frontend]map[netip.AddrPort]int, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.connections, nil
+}
+
+func (m *machine) PortInUse(_ ipvs.Protocol, port uint16) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.taken[port]
+}
 
 func (m *machine) Observe() (ipvs.State, error) {
 	m.mu.Lock()
@@ -397,8 +413,10 @@ func TestAgentOrder(t *testing.T) {
 		m.expect("no endpoint is ready",
 			"answer for: ",
 			"advertise: ",
-			"-d -t 192.0.2.2:80 -r 10.244.1.2:8080",
+			"-e -t 192.0.2.2:80 -r 10.244.1.2:8080 -m -w 0",
 		)
+		time.Sleep(upkeepEvery)
+		m.expect("no connection is open", "-d -t 192.0.2.2:80 -r 10.244.1.2:8080")
 		putAll(t, inbox, endpoints("web", true))
 		m.happened()
 
@@ -564,10 +582,12 @@ func TestAgentHandOver(t *testing.T) {
 		m.happened()
 		inbox.mu.Lock() // both changes arrive before the agent looks
 		for _, o := range objects(t, service("web", "192.0.2.1", 80, "")) {
-			inbox.pending[inboxKey{"*v1.Service", nameOf(o)}] = change{object: o, deleted: true}
+			key, c := newChange(o, true)
+			inbox.pending[key] = c
 		}
 		for _, o := range objects(t, service("new", "192.0.2.1", 80, "longshore.dev/scheduler: mh")+"---"+endpoints("new", true)) {
-			inbox.pending[inboxKey{fmt.Sprintf("%T", o), nameOf(o)}] = change{object: o}
+			key, c := newChange(o, false)
+			inbox.pending[key] = c
 		}
 		inbox.signal()
 		inbox.mu.Unlock()
@@ -602,8 +622,8 @@ func TestAgentForeign(t *testing.T) {
 		putAll(t, inbox, service("api", "192.0.2.2", 80, "")+"---"+endpoints("api", true))
 		synctest.Wait()
 		status, err := a.Status(t.Context())
-		if err != nil || !status.Ready || len(status.Problems) != 2 || !strings.Contains(status.Problems[0], ipvs.ErrForeign.Error()) {
-			t.Errorf("status %+v (%v), want a node that is ready and names the virtual and the real server refused", status, err)
+		if err != nil || !status.Ready || len(status.Problems) != 3 || !strings.Contains(status.Problems[0], ipvs.ErrForeign.Error()) {
+			t.Errorf("status %+v (%v), want a node that is ready and names the Service, and the virtual and the real server refused", status, err)
 		}
 		if got := fmt.Sprint(m.answers); got != "[{192.0.2.2 []}]" {
 			t.Errorf("answering for %s, want 192.0.2.2 alone", got)
@@ -765,10 +785,10 @@ func TestAgentSliceMoves(t *testing.T) {
 		slice := objects(t, endpoints("one", true))[0]
 		slice.SetLabels(map[string]string{"kubernetes.io/service-name": "two"})
 		inbox.Put(slice)
-		m.expect("moved", "-a -t 192.0.2.2:80 -r 10.244.1.2:8080 -m -w 1", "-d -t 192.0.2.1:80 -r 10.244.1.2:8080")
+		m.expect("moved", "-a -t 192.0.2.2:80 -r 10.244.1.2:8080 -m -w 1", "-e -t 192.0.2.1:80 -r 10.244.1.2:8080 -m -w 0")
 		gone := objects(t, endpoints("one", true))[0] // only its name matters
 		inbox.Remove(gone)
-		m.expect("gone", "-d -t 192.0.2.2:80 -r 10.244.1.2:8080")
+		m.expect("gone", "-e -t 192.0.2.2:80 -r 10.244.1.2:8080 -m -w 0")
 	})
 }
 
@@ -907,7 +927,7 @@ func TestAgentWalk(t *testing.T) {
 					text = service(name, vip, 80+int(name[1]-'0'), "longshore.dev/scheduler: "+[]string{"rr", "mh"}[r.IntN(2)])
 				}
 				o := objects(t, text)[0]
-				key := inboxKey{fmt.Sprintf("%T", o), nameOf(o)}
+				key, _ := newChange(o, false)
 				if r.IntN(4) == 0 {
 					delete(objectsNow, key)
 					inbox.Remove(o)

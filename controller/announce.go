@@ -24,6 +24,23 @@ type NetworkView struct {
 	BGP            []config.BGPAdvertisement
 	Nodes          map[string]labels.Set // those that may announce: alive, ready and not excluded, with their labels
 	ThisNodeLabels labels.Set
+
+	condition string // what else Nodes must fulfil
+}
+
+// only is the view with no other nodes than those that have an endpoint.
+func (v NetworkView) only(reach map[string]bool) NetworkView {
+	if reach[AnyNode] {
+		return v
+	}
+	nodes := map[string]labels.Set{}
+	for name := range reach {
+		if l, ok := v.Nodes[name]; ok {
+			nodes[name] = l
+		}
+	}
+	v.Nodes, v.condition = nodes, ", and has an endpoint (externalTrafficPolicy Local)"
+	return v
 }
 
 // Announced is what is to be done about one address of one Service, on this node.
@@ -37,9 +54,9 @@ type Announced struct {
 	Reason     string            // why nobody announces the address at all; "" if somebody does
 }
 
-// Announce decides how the LoadBalancer addresses of a Service are announced. served is the families in which it
-// has a ready endpoint. An address is announced only if a pool of ours holds it, so that addresses which another provider wrote stay its own.
-func Announce(svc *corev1.Service, served []corev1.IPFamily, v NetworkView) []Announced {
+// Announce decides how the LoadBalancer addresses of a Service are announced. reach is the nodes that have an endpoint for
+// it, by family, see [Translation]; other nodes do not announce it. An address is announced only if a pool of ours holds it, so that addresses which another provider wrote stay its own.
+func Announce(svc *corev1.Service, reach map[corev1.IPFamily]map[string]bool, v NetworkView) []Announced {
 	var out []Announced
 	for _, addr := range ingressIPs(svc) {
 		a := Announced{Service: nameOf(svc), Address: addr}
@@ -48,18 +65,19 @@ func Announce(svc *corev1.Service, served []corev1.IPFamily, v NetworkView) []An
 		switch {
 		case !found:
 			a.Reason = "in no IPAddressPool"
-		case !slices.Contains(served, familyOf(addr)):
+		case len(reach[familyOf(addr)]) == 0:
 			a.Reason = "no ready endpoint"
 		default:
+			v := v.only(reach[familyOf(addr)])
 			selected := v.announceLayer2(&a, pool, svc.Labels)
 			selectedBGP, advertised := v.announceBGP(&a, pool, svc.Labels)
 			switch {
 			case !selected && !selectedBGP:
 				a.Reason = "no L2Advertisement and no BGPAdvertisement selects it"
 			case len(v.Nodes) == 0:
-				a.Reason = "no node is alive, ready and not excluded from load balancers"
+				a.Reason = "no node is alive, ready and not excluded from load balancers" + v.condition
 			case a.Owner == "" && !advertised:
-				a.Reason = "the nodeSelectors of its advertisements select no node that is alive, ready and not excluded from load balancers"
+				a.Reason = "the nodeSelectors of its advertisements select no node that is alive, ready and not excluded from load balancers" + v.condition
 			}
 		}
 		out = append(out, a)

@@ -246,7 +246,11 @@ func TestAnnounce(t *testing.T) {
 				if served == nil {
 					served = []corev1.IPFamily{corev1.IPv4Protocol, corev1.IPv6Protocol}
 				}
-				if diff := cmp.Diff(test.want, Announce(test.svc, served, v), byValue, prefixByValue); diff != "" {
+				reach := map[corev1.IPFamily]map[string]bool{}
+				for _, family := range served {
+					reach[family] = map[string]bool{AnyNode: true}
+				}
+				if diff := cmp.Diff(test.want, Announce(test.svc, reach, v), byValue, prefixByValue); diff != "" {
 					t.Fatalf("-want +got:\n%s", diff)
 				}
 			}

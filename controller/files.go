@@ -145,7 +145,7 @@ func (f *Files) read() {
 	for _, name := range names {
 		var twice []error
 		for _, o := range f.good[name] {
-			key := inboxKey{fmt.Sprintf("%T", o), nameOf(o)}
+			key := inboxKey{reflect.TypeOf(o), nameOf(o)}
 			if first, ok := origin[key]; ok {
 				twice = append(twice, fmt.Errorf("%s: %s %s is in %s already", name, kindOf(o), nameOf(o), first))
 				continue
@@ -249,7 +249,7 @@ func (f *Files) WriteAddresses(_ context.Context, svc *corev1.Service, addrs []n
 	if err := f.keep(); err != nil {
 		return err
 	}
-	if o, ok := f.current[inboxKey{fmt.Sprintf("%T", svc), nameOf(svc)}]; ok {
+	if o, ok := f.current[inboxKey{reflect.TypeOf(svc), nameOf(svc)}]; ok {
 		f.put(o)
 	}
 	return nil

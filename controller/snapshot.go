@@ -7,16 +7,17 @@
 package controller
 
 import (
-	"fmt"
 	"maps"
 	"reflect"
 	"slices"
 	"sync"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -40,13 +41,15 @@ type Inbox struct {
 }
 
 type inboxKey struct {
-	kind string
+	kind reflect.Type
 	name types.NamespacedName
 }
 
 type change struct {
 	object  Object
+	slice   *endpointSlice // in the place of object, if that is an EndpointSlice
 	deleted bool
+	arrived time.Time
 }
 
 // NewInbox returns an empty inbox.
@@ -55,16 +58,26 @@ func NewInbox() *Inbox {
 }
 
 // Put adds or replaces an object, which must not be changed afterwards.
-func (b *Inbox) Put(o Object) { b.add(change{object: o}) }
+func (b *Inbox) Put(o Object) { b.add(o, false) }
 
 // Remove says that an object is gone; only its kind, namespace and name matter.
-func (b *Inbox) Remove(o Object) { b.add(change{object: o, deleted: true}) }
+func (b *Inbox) Remove(o Object) { b.add(o, true) }
 
-func (b *Inbox) add(c change) {
+func (b *Inbox) add(o Object, deleted bool) {
+	key, c := newChange(o, deleted)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.pending[inboxKey{fmt.Sprintf("%T", c.object), nameOf(c.object)}] = c
+	b.pending[key] = c
 	b.signal()
+}
+
+func newChange(o Object, deleted bool) (inboxKey, change) {
+	key := inboxKey{reflect.TypeOf(o), nameOf(o)}
+	c := change{object: o, deleted: deleted, arrived: time.Now()}
+	if s, ok := o.(*discoveryv1.EndpointSlice); ok {
+		c.slice, c.object = newEndpointSlice(s), nil
+	}
+	return key, c
 }
 
 // Synced says that all objects there were at the start have arrived. Loops change nothing before that.
@@ -90,7 +103,7 @@ func (b *Inbox) take() (changes []change, synced bool) {
 		return nil, false
 	}
 	changes = slices.Collect(maps.Values(b.pending))
-	clear(b.pending)
+	b.pending = map[inboxKey]change{} // not cleared: it was large once
 	return changes, true
 }
 
@@ -101,8 +114,10 @@ func nameOf(o metav1.Object) types.NamespacedName {
 // snapshot is the objects as they arrived last. It belongs to one loop.
 type snapshot struct {
 	services     map[types.NamespacedName]*corev1.Service
-	slices       map[types.NamespacedName]map[string]*discoveryv1.EndpointSlice // by Service, then by name
-	serviceOf    map[types.NamespacedName]types.NamespacedName                  // of each EndpointSlice
+	slices       map[types.NamespacedName][]*endpointSlice     // of each Service, by name
+	serviceOf    map[types.NamespacedName]types.NamespacedName // of each EndpointSlice
+	podWeights   map[string]int32                              // of the pods that say one, by namespace/name
+	watchesPods  bool
 	nodes        map[types.NamespacedName]*corev1.Node
 	namespaces   map[types.NamespacedName]*corev1.Namespace
 	serviceCIDRs map[types.NamespacedName]*networkingv1.ServiceCIDR
@@ -115,8 +130,9 @@ type snapshot struct {
 func newSnapshot() *snapshot {
 	return &snapshot{
 		services:     map[types.NamespacedName]*corev1.Service{},
-		slices:       map[types.NamespacedName]map[string]*discoveryv1.EndpointSlice{},
+		slices:       map[types.NamespacedName][]*endpointSlice{},
 		serviceOf:    map[types.NamespacedName]types.NamespacedName{},
+		podWeights:   map[string]int32{},
 		nodes:        map[types.NamespacedName]*corev1.Node{},
 		namespaces:   map[types.NamespacedName]*corev1.Namespace{},
 		serviceCIDRs: map[types.NamespacedName]*networkingv1.ServiceCIDR{},
@@ -131,6 +147,7 @@ func newSnapshot() *snapshot {
 type touched struct {
 	services   map[types.NamespacedName]struct{} // Services that changed, or whose endpoints did
 	nodes      bool                              // Nodes, ServiceCIDRs
+	node       bool                              // this node's view
 	namespaces bool
 	config     bool // objects of group metallb.io
 }
@@ -139,13 +156,19 @@ type touched struct {
 func (s *snapshot) update(changes []change) touched {
 	t := touched{services: map[types.NamespacedName]struct{}{}}
 	for _, c := range changes {
+		if c.slice != nil {
+			for _, service := range s.updateSlice(c.slice, c.deleted) {
+				t.services[service] = struct{}{}
+			}
+			continue
+		}
 		name := nameOf(c.object)
 		switch o := c.object.(type) {
 		case *corev1.Service:
 			keep(s.services, name, o, c.deleted)
 			t.services[name] = struct{}{}
-		case *discoveryv1.EndpointSlice:
-			for _, service := range s.updateSlice(o, c.deleted) {
+		case *metav1.PartialObjectMetadata:
+			for _, service := range s.updatePod(o, c.deleted) {
 				t.services[service] = struct{}{}
 			}
 		case *corev1.Node:
@@ -189,12 +212,12 @@ func sameButStatus(a, b *v1beta1.IPAddressPool) bool {
 
 // updateSlice files an EndpointSlice under the Service it names (label kubernetes.io/service-name), and tells which
 // Services it concerns: with another label it leaves one for the other.
-func (s *snapshot) updateSlice(o *discoveryv1.EndpointSlice, deleted bool) []types.NamespacedName {
+func (s *snapshot) updateSlice(o *endpointSlice, deleted bool) []types.NamespacedName {
 	var concerned []types.NamespacedName
-	if was, ok := s.serviceOf[nameOf(o)]; ok {
+	if was, ok := s.serviceOf[o.name]; ok {
 		concerned = append(concerned, was)
-		delete(s.serviceOf, nameOf(o))
-		delete(s.slices[was], o.Name)
+		delete(s.serviceOf, o.name)
+		s.slices[was] = slices.DeleteFunc(s.slices[was], func(e *endpointSlice) bool { return e.name == o.name })
 		if len(s.slices[was]) == 0 {
 			delete(s.slices, was)
 		}
@@ -202,23 +225,52 @@ func (s *snapshot) updateSlice(o *discoveryv1.EndpointSlice, deleted bool) []typ
 	if deleted {
 		return concerned
 	}
-	service := types.NamespacedName{Namespace: o.Namespace, Name: o.Labels[discoveryv1.LabelServiceName]}
-	s.serviceOf[nameOf(o)] = service
-	if s.slices[service] == nil {
-		s.slices[service] = map[string]*discoveryv1.EndpointSlice{}
-	}
-	s.slices[service][o.Name] = o
-	return append(concerned, service)
+	s.serviceOf[o.name] = o.service
+	s.slices[o.service] = append(s.slices[o.service], o)
+	slices.SortFunc(s.slices[o.service], func(a, b *endpointSlice) int { return compareNames(a.name, b.name) })
+	return append(concerned, o.service)
 }
 
 // slicesOf is the EndpointSlices of a Service in the order of their names.
-func (s *snapshot) slicesOf(service types.NamespacedName) []*discoveryv1.EndpointSlice {
-	of := s.slices[service]
-	out := make([]*discoveryv1.EndpointSlice, 0, len(of))
-	for _, name := range slices.Sorted(maps.Keys(of)) {
-		out = append(out, of[name])
+func (s *snapshot) slicesOf(service types.NamespacedName) []*endpointSlice { return s.slices[service] }
+
+// updatePod notes a pod's weight, and tells which Services have the pod for an endpoint, if the weight is another one now.
+func (s *snapshot) updatePod(o *metav1.PartialObjectMetadata, deleted bool) []types.NamespacedName {
+	pod := nameOf(o).String()
+	before, had := s.podWeights[pod]
+	delete(s.podWeights, pod)
+	if text, ok := o.Annotations[WeightAnnotation]; ok && !deleted {
+		if w, err := ParseWeight(text); err == nil {
+			s.podWeights[pod] = w
+		} else if had {
+			s.podWeights[pod] = before
+		}
 	}
-	return out
+	if now, has := s.podWeights[pod]; now == before && has == had {
+		return nil
+	}
+	var concerned []types.NamespacedName
+	for service, of := range s.slices {
+		if slices.ContainsFunc(of, func(e *endpointSlice) bool {
+			return slices.ContainsFunc(e.endpoints, func(p endpoint) bool { return p.pod == pod })
+		}) {
+			concerned = append(concerned, service)
+		}
+	}
+	return concerned
+}
+
+func (s *snapshot) podWeight(pod string) (int32, bool) {
+	w, ok := s.podWeights[pod]
+	return w, ok
+}
+
+// labelsOf is the labels of a node; none if it is not known.
+func (s *snapshot) labelsOf(node string) labels.Set {
+	if n := s.nodes[types.NamespacedName{Name: node}]; n != nil {
+		return n.Labels
+	}
+	return nil
 }
 
 // sorted is the values of a map in the order of their names.

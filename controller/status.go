@@ -78,7 +78,7 @@ func (a *Agent) status() Status {
 	}
 	for _, w := range a.wanted() {
 		v := VIPStatus{Address: w.Address, Service: w.Service.String(), Pool: w.Pool, Owner: w.Owner, Interfaces: w.Interfaces, Reason: w.Reason}
-		if !slices.ContainsFunc(a.announced, func(t Announced) bool { return t.Service == w.Service && t.Address == w.Address }) {
+		if !slices.ContainsFunc(a.told[w.Service], func(t Announced) bool { return t.Address == w.Address }) {
 			v.Owner, v.Reason = "", "the kernel refused it"
 			w.Routes = nil
 		} else if w.Owner == a.Node && !a.Layer2.Answering(w.Address) {
@@ -107,6 +107,7 @@ func (a *Agent) status() Status {
 		}
 	}
 	s.Problems = append(s.Problems, a.refused...)
+	s.Problems = append(s.Problems, a.overlaps...)
 	for _, f := range a.failures {
 		s.Problems = append(s.Problems, f.Err.Error())
 	}

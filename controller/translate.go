@@ -5,25 +5,26 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/longshore-lb/longshore/config"
 	"github.com/longshore-lb/longshore/ipvs"
 )
-
-// SchedulerAnnotation on a Service names the IPVS scheduler of its virtual servers.
-const SchedulerAnnotation = "longshore.dev/scheduler"
 
 // NodeView is what a node's data plane depends on besides Services.
 type NodeView struct {
 	Name          string
+	Zone          string              // label topology.kubernetes.io/zone
 	Addresses     []netip.Addr        // the node's own (InternalIP), the first of each family is the main one
 	Others        map[netip.Addr]bool // addresses of other nodes, which no Service may take from them
 	NodePortAddrs []netip.Addr        // those that serve node ports
 	PodCIDRs      []netip.Prefix      // of the pods on this node
+	PodsKnown     bool                // no pod of this node is outside of PodCIDRs: the configuration says so
+	MasqueradeAll bool                // clients of cluster IPs are hidden behind the node, pods too
 	ServiceCIDRs  []netip.Prefix      // where cluster IPs come from
 }
 
@@ -45,51 +46,65 @@ type Problem struct {
 
 // TranslateNode is what the kernel should hold whatever Services there are: the ranges of cluster IPs are local, by
 // one route each and without an address, and those that no Service has are dropped.
-func TranslateNode(n NodeView) ipvs.State {
-	var s ipvs.State
+func TranslateNode(n NodeView) ipvs.Wish {
+	var s ipvs.Wish
 	for _, p := range n.ServiceCIDRs {
 		s.AddPrefix(ipvs.ServiceCIDRs, p)
 		s.AddRoute(p, n.Address(p.Addr().Is6()))
 	}
 	for _, p := range n.PodCIDRs {
 		s.AddPrefix(ipvs.Pods, p)
+		if !n.MasqueradeAll {
+			s.AddPrefix(ipvs.Kept, p)
+		}
 	}
 	return s
 }
 
-// SchedulerOf is the scheduler of a Service's virtual servers: the one its annotation names, or usual if it names none.
-// If it names one that does not exist, that is a problem, and lastGood stays in use.
-func SchedulerOf(svc *corev1.Service, usual, lastGood string) (string, []Problem) {
-	name, ok := svc.Annotations[SchedulerAnnotation]
-	if !ok {
-		return usual, nil
-	}
-	if err := config.CheckScheduler(name); err != nil {
-		return lastGood, []Problem{{"UnknownScheduler", fmt.Sprintf("annotation %s: %v; %s stays in use", SchedulerAnnotation, err, lastGood)}}
-	}
-	return name, nil
+// Terms is what a Service is translated by, besides its objects and the node.
+type Terms struct {
+	Options
+	NodeLabels func(node string) labels.Set                                             // of any node
+	PodWeight  func(pod string) (weight int32, annotated bool)                          // of namespace/name
+	Age        func(at netip.AddrPort) time.Duration                                    // how long a real server has been there, for its slow start
+	Mark       func(port string, protocol ipvs.Protocol, family corev1.IPFamily) uint32 // of the Service's shortcut
 }
 
-// Translate is what the kernel should hold for one Service, given its EndpointSlices and its scheduler. A Service
-// that gets no virtual server, such as a headless one, translates to the zero State.
-func Translate(svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice, n NodeView, scheduler string) (ipvs.State, []Problem) {
-	t := translation{node: n, scheduler: scheduler}
-	if svc.Spec.Type == corev1.ServiceTypeExternalName || svc.Spec.ClusterIP == corev1.ClusterIPNone {
-		return ipvs.State{}, nil
+// Translation is what a Service comes to on a node.
+type Translation struct {
+	Wish     ipvs.Wish
+	Problems []Problem
+	// Reach is the nodes with a ready endpoint, by family. Of a Service whose external traffic may go to every node it is
+	// every node (AnyNode) as soon as there is one endpoint anywhere.
+	Reach map[corev1.IPFamily]map[string]bool
+	// HealthCheckPort is the node port of the Service's health check, 0 if it has none, and LocalEndpoints what is told there.
+	HealthCheckPort uint16
+	LocalEndpoints  int
+	// NoLocal tells that traffic of policy Local finds no endpoint on this node, though there are some elsewhere.
+	NoLocalInternal, NoLocalExternal bool
+}
+
+// AnyNode stands for every node in Translation.Reach.
+const AnyNode = "*"
+
+// Translate is what the kernel should hold for one Service, given its EndpointSlices. A Service that gets no virtual
+// server, such as a headless one, translates to the zero Translation.
+func Translate(svc *corev1.Service, endpointSlices []*endpointSlice, n NodeView, terms Terms) Translation {
+	if svc.Spec.Type == corev1.ServiceTypeExternalName || svc.Spec.ClusterIP == corev1.ClusterIPNone || svc.Labels[proxyNameLabel] != "" {
+		return Translation{}
 	}
+	t := translation{svc: svc, node: n, terms: terms, families: familiesOf(svc)}
+	t.Wish.Drain = terms.Drain
+	t.Reach = map[corev1.IPFamily]map[string]bool{}
 	if svc.Spec.SessionAffinity == corev1.ServiceAffinityClientIP {
 		t.persistence = affinitySeconds(svc)
 	}
-	if svc.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal {
-		t.problem("Unsupported", "spec.externalTrafficPolicy: %q is not served yet: Cluster is", svc.Spec.ExternalTrafficPolicy)
+	t.externalLocal = svc.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal
+	t.internalLocal = svc.Spec.InternalTrafficPolicy != nil && *svc.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal
+	t.readSourceRanges()
+	for _, s := range endpointSlices {
+		t.Problems = append(t.Problems, s.problems...)
 	}
-	if p := svc.Spec.InternalTrafficPolicy; p != nil && *p == corev1.ServiceInternalTrafficPolicyLocal {
-		t.problem("Unsupported", "spec.internalTrafficPolicy: %q is not served yet: Cluster is", *p)
-	}
-	if len(svc.Spec.LoadBalancerSourceRanges) > 0 {
-		t.problem("Unsupported", "spec.loadBalancerSourceRanges: %q is not served yet: every source may connect", svc.Spec.LoadBalancerSourceRanges)
-	}
-	families := familiesOf(svc)
 	for i := range svc.Spec.Ports {
 		port := &svc.Spec.Ports[i]
 		protocol, ok := protocols[cmp.Or(port.Protocol, corev1.ProtocolTCP)]
@@ -97,37 +112,19 @@ func Translate(svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice,
 			t.problem("Unsupported", "spec.ports[%d].protocol: %q is not a protocol that IPVS balances", i, port.Protocol)
 			continue
 		}
-		reals := [2][]ipvs.RealServer{ // IPv4, IPv6
-			t.realServers(endpointSlices, port, discoveryv1.AddressTypeIPv4, svc.Spec.PublishNotReadyAddresses),
-			t.realServers(endpointSlices, port, discoveryv1.AddressTypeIPv6, svc.Spec.PublishNotReadyAddresses),
-		}
-		serve := func(addr netip.Addr, number int32, vip, masquerade bool) {
-			if !slices.Contains(families, familyOf(addr)) {
-				return // such as a node's IPv6 address for a Service of IPv4 only
-			}
-			if n.Others[addr] {
-				t.problem("NodeAddress", "%s is another node's address; it is not served here", addr)
-				return
-			}
-			if slices.Contains(n.Addresses, addr) {
-				vip = false // what else is at this address, such as ssh, is not ours to reject
-			}
-			t.serve(ipvs.At(protocol, netip.AddrPortFrom(addr, uint16(number))), reals, vip, masquerade)
-		}
-		for _, addr := range clusterIPs(svc) {
-			serve(addr, port.Port, true, false)
-		}
-		for _, addr := range slices.Concat(externalIPs(svc), ingressIPs(svc)) {
-			serve(addr, port.Port, true, true)
-		}
-		if port.NodePort > 0 {
-			for _, addr := range n.NodePortAddrs {
-				serve(addr, port.NodePort, false, true)
-			}
+		for _, family := range t.families {
+			t.serve(port, protocol, family, choose(candidates(endpointSlices, port, family), n, svc.Spec.PublishNotReadyAddresses))
 		}
 	}
-	return t.state, t.problems
+	if t.externalLocal && svc.Spec.Type == corev1.ServiceTypeLoadBalancer {
+		t.HealthCheckPort = uint16(svc.Spec.HealthCheckNodePort)
+		t.LocalEndpoints = localReady(endpointSlices, n.Name, t.families)
+	}
+	return t.Translation
 }
+
+// proxyNameLabel on a Service says that another proxy than the cluster's usual one serves it (KEP-2447).
+const proxyNameLabel = "service.kubernetes.io/service-proxy-name"
 
 var protocols = map[corev1.Protocol]ipvs.Protocol{
 	corev1.ProtocolTCP:  ipvs.TCP,
@@ -136,95 +133,213 @@ var protocols = map[corev1.Protocol]ipvs.Protocol{
 }
 
 type translation struct {
-	node        NodeView
-	scheduler   string
-	persistence uint32
-	state       ipvs.State
-	problems    []Problem
+	Translation
+	svc                          *corev1.Service
+	node                         NodeView
+	terms                        Terms
+	families                     []corev1.IPFamily
+	persistence                  uint32
+	externalLocal, internalLocal bool
+	restricted                   map[corev1.IPFamily]bool // whether sources are restricted at all
+	sources                      map[corev1.IPFamily][]netip.Prefix
 }
 
 func (t *translation) problem(reason, format string, args ...any) {
-	t.problems = append(t.problems, Problem{reason, fmt.Sprintf(format, args...)})
-}
-
-// serve adds a frontend. vip: the address is the Service's, not the node's own, and nothing else may answer there.
-func (t *translation) serve(f ipvs.Frontend, reals [2][]ipvs.RealServer, vip, masquerade bool) {
-	addr := f.Addr.Addr()
-	family := 0
-	if addr.Is6() {
-		family = 1
-	}
-	t.state.AddVirtualServer(ipvs.VirtualServer{
-		Frontend:    f,
-		Scheduler:   t.scheduler,
-		Persistence: t.persistence,
-	}, reals[family]...)
-	t.state.AddFrontend(ipvs.Frontends, f)
-	if masquerade {
-		t.state.AddFrontend(ipvs.Masquerade, f)
-	}
-	if !vip {
-		return
-	}
-	whole := netip.PrefixFrom(addr, addr.BitLen())
-	t.state.AddPrefix(ipvs.VIPs, whole)
-	if !slices.ContainsFunc(t.node.ServiceCIDRs, func(p netip.Prefix) bool { return p.Contains(addr) }) {
-		t.state.AddRoute(whole, t.node.Address(addr.Is6()))
+	p := Problem{reason, fmt.Sprintf(format, args...)}
+	if !slices.Contains(t.Problems, p) {
+		t.Problems = append(t.Problems, p)
 	}
 }
 
-// realServers is the endpoints of one family that serve a port: the ready ones, or if there is none those that
-// still serve while they terminate (KEP-1672). Endpoints of this node are noted for hairpin.
-func (t *translation) realServers(from []*discoveryv1.EndpointSlice, port *corev1.ServicePort, family discoveryv1.AddressType, notReadyToo bool) []ipvs.RealServer {
-	ready, terminating := map[netip.AddrPort]bool{}, map[netip.AddrPort]bool{} // to whether it is local
-	for _, slice := range from {
-		if slice.AddressType != family {
+// readSourceRanges reads spec.loadBalancerSourceRanges. 0.0.0.0/0 and ::/0 are as if there were none, in their family and
+// in one without any range; a family that only the other one's ranges are given for lets nobody in.
+func (t *translation) readSourceRanges() {
+	t.sources = map[corev1.IPFamily][]netip.Prefix{}
+	t.restricted = map[corev1.IPFamily]bool{}
+	open := map[corev1.IPFamily]bool{}
+	for i, text := range t.svc.Spec.LoadBalancerSourceRanges {
+		p, err := netip.ParsePrefix(strings.TrimSpace(text))
+		if err != nil {
+			t.problem("InvalidSourceRange", "spec.loadBalancerSourceRanges[%d]: %q is not a CIDR; it lets nobody in", i, text)
 			continue
 		}
-		number, ok := targetPort(slice, port.Name)
-		if !ok {
-			continue
+		family := familyOf(p.Addr())
+		t.sources[family] = append(t.sources[family], p.Masked())
+		open[family] = open[family] || p.Bits() == 0
+	}
+	for _, family := range []corev1.IPFamily{corev1.IPv4Protocol, corev1.IPv6Protocol} {
+		unset := len(t.sources[family]) == 0 && (open[corev1.IPv4Protocol] || open[corev1.IPv6Protocol])
+		t.restricted[family] = len(t.svc.Spec.LoadBalancerSourceRanges) > 0 && !open[family] && !unset
+		t.sources[family] = outermost(t.sources[family])
+	}
+}
+
+// serve adds the frontends of one Service port in one family.
+func (t *translation) serve(port *corev1.ServicePort, protocol ipvs.Protocol, family corev1.IPFamily, c chosen) {
+	own := func(addrs []netip.Addr) []netip.Addr {
+		return slices.DeleteFunc(slices.Clone(addrs), func(a netip.Addr) bool { return familyOf(a) != family })
+	}
+	cluster, local := t.realServers(c.cluster), t.realServers(c.local)
+	internal, external := cluster, cluster
+	if t.internalLocal {
+		internal = local
+	}
+	if t.externalLocal {
+		external = local
+	}
+	t.reach(family, c)
+	add := func(addr netip.Addr, number int32, reals []ipvs.RealServer, drop bool) (ipvs.Frontend, bool) {
+		if t.node.Others[addr] {
+			t.problem("NodeAddress", "%s is another node's address; it is not served here", addr)
+			return ipvs.Frontend{}, false
 		}
-		for i := range slice.Endpoints {
-			e := &slice.Endpoints[i]
-			local := e.NodeName != nil && *e.NodeName == t.node.Name
-			for _, text := range e.Addresses {
-				addr, err := netip.ParseAddr(text)
-				if err != nil || addr.Is4() != (family == discoveryv1.AddressTypeIPv4) {
-					t.problem("InvalidEndpoint", "EndpointSlice %s: address %q is not of family %s; it is left out", slice.Name, text, family)
-					continue
-				}
-				switch at := netip.AddrPortFrom(addr, number); {
-				case notReadyToo || isTrue(e.Conditions.Ready, true):
-					ready[at] = local
-				case isTrue(e.Conditions.Serving, false) && isTrue(e.Conditions.Terminating, false):
-					terminating[at] = local
-				}
+		f := ipvs.At(protocol, netip.AddrPortFrom(addr, uint16(number)))
+		t.addFrontend(f, reals, c.leaving)
+		if drop {
+			t.Wish.AddFrontend(ipvs.Dropped, f)
+		}
+		return f, true
+	}
+	for _, addr := range own(clusterIPs(t.svc)) {
+		drop := t.internalLocal && len(local) == 0 && len(cluster) > 0
+		t.NoLocalInternal = t.NoLocalInternal || drop
+		if f, ok := add(addr, port.Port, internal, drop); ok {
+			t.addVIP(addr)
+			if t.node.PodsKnown || t.node.MasqueradeAll { // who is no pod is outside the cluster's network, and its pods may not know the way back
+				t.Wish.AddFrontend(ipvs.Masquerade, f)
 			}
 		}
 	}
-	if len(ready) == 0 {
-		ready = terminating
-	}
-	reals := make([]ipvs.RealServer, 0, len(ready))
-	for at, local := range ready {
-		reals = append(reals, ipvs.RealServer{Addr: at, Weight: 1})
-		if local {
-			t.state.AddPrefix(ipvs.Hairpin, netip.PrefixFrom(at.Addr(), at.Addr().BitLen()))
+	outside := func(addr netip.Addr, number int32) (ipvs.Frontend, bool) {
+		drop := t.externalLocal && len(local) == 0 && len(cluster) > 0
+		t.NoLocalExternal = t.NoLocalExternal || drop
+		f, ok := add(addr, number, external, drop)
+		if ok && t.externalLocal {
+			t.addShortcut(f, port, family, cluster, c.leaving)
+		} else if ok {
+			t.Wish.AddFrontend(ipvs.Masquerade, f)
 		}
+		return f, ok
+	}
+	for _, addr := range own(externalIPs(t.svc)) {
+		if _, ok := outside(addr, port.Port); ok {
+			t.addVIP(addr)
+		}
+	}
+	for _, addr := range own(ingressIPs(t.svc)) {
+		if f, ok := outside(addr, port.Port); ok {
+			t.addVIP(addr)
+			if t.restricted[family] {
+				t.Wish.Restrict(f, t.sources[family]...)
+			}
+		}
+	}
+	if port.NodePort > 0 {
+		for _, addr := range own(t.node.NodePortAddrs) {
+			outside(addr, port.NodePort)
+		}
+	}
+}
+
+// addFrontend adds a virtual server with its mark of ownership.
+func (t *translation) addFrontend(f ipvs.Frontend, reals []ipvs.RealServer, leaving []netip.AddrPort) {
+	t.addServer(ipvs.VirtualServer{Frontend: f, Scheduler: t.terms.Scheduler, Flags: t.terms.Flags, Persistence: t.persistence}, f.Protocol, reals, leaving)
+	t.Wish.AddFrontend(ipvs.Frontends, f)
+}
+
+func (t *translation) addServer(v ipvs.VirtualServer, protocol ipvs.Protocol, reals []ipvs.RealServer, leaving []netip.AddrPort) {
+	t.Wish.AddVirtualServer(v, reals...)
+	if protocol == ipvs.UDP {
+		if t.Wish.Leaving == nil {
+			t.Wish.Leaving = map[ipvs.Frontend][]netip.AddrPort{}
+		}
+		t.Wish.Leaving[v.Frontend] = leaving
+	}
+}
+
+// addShortcut gives clients in the cluster all endpoints at a frontend of policy Local (KEP-3685 describes what
+// kube-proxy does). A virtual server of a mark cannot be persistent: the kernel then keeps the client's port instead of the
+// endpoint's (ip_vs_sched_persist). So session affinity is by scheduler mh, which hashes the client's address.
+func (t *translation) addShortcut(f ipvs.Frontend, port *corev1.ServicePort, family corev1.IPFamily, reals []ipvs.RealServer, leaving []netip.AddrPort) {
+	v := ipvs.VirtualServer{
+		Frontend:  ipvs.Frontend{Mark: t.terms.Mark(port.Name, f.Protocol, family), IPv6: f.IPv6},
+		Scheduler: t.terms.Scheduler,
+		Flags:     t.terms.Flags,
+	}
+	if t.persistence > 0 {
+		v.Scheduler, v.Flags = "mh", 0
+	}
+	t.addServer(v, f.Protocol, reals, leaving)
+	t.Wish.AddShortcut(f, v.Frontend.Mark)
+}
+
+// addVIP makes an address the Service's: nothing else may answer there. The node's own are not: what else is at those, such
+// as ssh, is not ours to reject.
+func (t *translation) addVIP(addr netip.Addr) {
+	if slices.Contains(t.node.Addresses, addr) {
+		return
+	}
+	whole := netip.PrefixFrom(addr, addr.BitLen())
+	t.Wish.AddPrefix(ipvs.VIPs, whole)
+	if !slices.ContainsFunc(t.node.ServiceCIDRs, func(p netip.Prefix) bool { return p.Contains(addr) }) {
+		t.Wish.AddRoute(whole, t.node.Address(addr.Is6()))
+	}
+}
+
+// realServers is endpoints with their weights. Those of this node are noted for hairpin.
+func (t *translation) realServers(from []candidate) []ipvs.RealServer {
+	reals := make([]ipvs.RealServer, 0, len(from))
+	for _, c := range from {
+		if c.node == t.node.Name {
+			t.Wish.AddPrefix(ipvs.Hairpin, netip.PrefixFrom(c.addr, c.addr.BitLen()))
+		}
+		r := ipvs.RealServer{Addr: c.at, Weight: t.weight(c), Upper: t.terms.Upper, Lower: t.terms.Lower}
+		reals = append(reals, r)
 	}
 	return reals
 }
 
-// targetPort is the number that a slice's endpoints give the Service port of a name. A slice with a nil port number
-// serves every port (discovery/v1 EndpointPort); no Service port can be translated to that.
-func targetPort(slice *discoveryv1.EndpointSlice, name string) (uint16, bool) {
-	for _, p := range slice.Ports {
-		if deref(p.Name) == name && p.Port != nil && *p.Port > 0 && *p.Port < 65536 {
-			return uint16(*p.Port), true
+func (t *translation) weight(c candidate) int32 {
+	weight := int32(1)
+	if len(t.terms.NodeWeights) > 0 {
+		weight = t.terms.weight(t.terms.NodeLabels(c.node))
+	}
+	if t.terms.PodWeights && c.pod != "" {
+		if w, ok := t.terms.PodWeight(c.pod); ok {
+			weight = w
 		}
 	}
-	return 0, false
+	if t.terms.SlowStart == 0 {
+		return weight
+	}
+	return t.terms.ramp(weight, t.terms.Age(c.at))
+}
+
+// reach notes which nodes have an endpoint for traffic from outside.
+func (t *translation) reach(family corev1.IPFamily, c chosen) {
+	if len(c.anywhere) > 0 && t.Reach[family] == nil {
+		t.Reach[family] = map[string]bool{}
+	}
+	for _, e := range c.anywhere {
+		if t.externalLocal {
+			t.Reach[family][e.node] = true
+		} else {
+			t.Reach[family][AnyNode] = true
+		}
+	}
+}
+
+// localReady is how many ready endpoints of a Service are on a node, in the first of its families.
+func localReady(from []*endpointSlice, node string, families []corev1.IPFamily) int {
+	ready := map[netip.Addr]bool{}
+	for _, s := range from {
+		for i := range s.endpoints {
+			if e := &s.endpoints[i]; s.family == families[0] && e.ready && e.node == node {
+				ready[e.addr] = true
+			}
+		}
+	}
+	return len(ready)
 }
 
 func affinitySeconds(svc *corev1.Service) uint32 {
@@ -267,17 +382,6 @@ func addresses(texts []string) []netip.Addr {
 		}
 	}
 	return out
-}
-
-// servedFamilies is the families in which somebody serves a Service.
-func servedFamilies(s ipvs.State) []corev1.IPFamily {
-	var served []corev1.IPFamily
-	for f, reals := range s.RealServers {
-		if family := familyOf(f.Addr.Addr()); len(reals) > 0 && !slices.Contains(served, family) {
-			served = append(served, family)
-		}
-	}
-	return served
 }
 
 func isTrue(b *bool, otherwise bool) bool {

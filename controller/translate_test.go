@@ -9,9 +9,11 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/rogpeppe/go-internal/txtar"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/yaml"
 
 	"github.com/longshore-lb/longshore/ipvs"
@@ -34,7 +36,7 @@ func TestTranslate(t *testing.T) {
 			}
 			before := string(txtar.Format(archive))
 			var desired ipvs.Desired
-			lastGood := map[string]string{}
+			lastGood := map[string]Options{}
 			for i := 0; i+1 < len(archive.Files); i += 2 {
 				archive.Files[i+1].Data = []byte(translateAll(t, archive.Files[i].Data, &desired, lastGood))
 			}
@@ -50,25 +52,30 @@ func TestTranslate(t *testing.T) {
 	}
 }
 
-func translateAll(t *testing.T, text []byte, desired *ipvs.Desired, lastGood map[string]string) string {
+func translateAll(t *testing.T, text []byte, desired *ipvs.Desired, lastGood map[string]Options) string {
 	t.Helper()
 	node := NodeView{
 		Name:          "n1",
+		Zone:          "east",
 		Addresses:     []netip.Addr{netip.MustParseAddr("172.31.0.11"), netip.MustParseAddr("fd31::11")},
 		NodePortAddrs: []netip.Addr{netip.MustParseAddr("172.31.0.11"), netip.MustParseAddr("fd31::11")},
 		Others:        map[netip.Addr]bool{netip.MustParseAddr("172.31.0.12"): true},
 		ServiceCIDRs:  []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd96::/112")},
 	}
 	s := newSnapshot()
-	var changes []change
+	inbox := NewInbox()
+	inbox.Synced()
 	for _, document := range documents(t, text) {
 		o, err := decodeManifest(document)
 		if err != nil {
 			t.Fatal(err)
 		}
-		changes = append(changes, change{object: o})
+		inbox.Put(o)
 	}
+	changes, _ := inbox.take()
 	s.update(changes)
+	usual := Options{Scheduler: "rr", Drain: 15 * time.Minute}
+	marks := marks{}
 	var out bytes.Buffer
 	owners := map[string]bool{}
 	print := func(ops []ipvs.Operation, problems []Problem) {
@@ -79,24 +86,40 @@ func translateAll(t *testing.T, text []byte, desired *ipvs.Desired, lastGood map
 			fmt.Fprintln(&out, o)
 		}
 	}
+	replace := func(owner string, w ipvs.Wish) []ipvs.Operation {
+		return desired.ReplaceAll(map[string]ipvs.Wish{owner: w}, time.Time{})
+	}
 	for _, svc := range sorted(s.services) {
 		owner := nameOf(svc).String()
 		owners[owner] = true
-		if lastGood[owner] == "" {
-			lastGood[owner] = "rr"
+		last, known := lastGood[owner]
+		if !known {
+			last = usual
 		}
-		scheduler, problems := SchedulerOf(svc, "rr", lastGood[owner])
-		lastGood[owner] = scheduler
-		state, more := Translate(svc, s.slicesOf(nameOf(svc)), node, scheduler)
-		ops := desired.Replace(owner, state)
+		options, problems := OptionsOf(svc, usual, last)
+		lastGood[owner] = options
+		translated := Translate(svc, s.slicesOf(nameOf(svc)), node, Terms{
+			Options:    options,
+			NodeLabels: s.labelsOf,
+			PodWeight:  s.podWeight,
+			Age:        func(netip.AddrPort) time.Duration { return options.SlowStart / 4 },
+			Mark: func(port string, protocol ipvs.Protocol, family corev1.IPFamily) uint32 {
+				return marks.of(nameOf(svc), fmt.Sprintf("%s/%s/%s", port, protocol, family))
+			},
+		})
+		ops := replace(owner, translated.Wish)
+		problems = append(problems, translated.Problems...)
 		for _, c := range desired.Conflicts(owner) {
-			more = append(more, Problem{"FrontendConflict", c.Frontend.String() + " belongs to " + c.Holder})
+			problems = append(problems, Problem{"FrontendConflict", c.Frontend.String() + " belongs to " + c.Holder})
 		}
-		print(ops, append(problems, more...))
+		print(ops, problems)
+		if p := translated.HealthCheckPort; p != 0 {
+			fmt.Fprintf(&out, "# health check port %d: %d local endpoints\n", p, translated.LocalEndpoints)
+		}
 	}
 	for owner := range lastGood {
 		if !owners[owner] {
-			print(desired.Replace(owner, ipvs.State{}), nil)
+			print(replace(owner, ipvs.Wish{}), nil)
 			delete(lastGood, owner)
 		}
 	}

@@ -458,6 +458,14 @@ func (d *Desired) Conflicts(owner string) []Conflict {
 	return out
 }
 
+// Holder is the owner that has a frontend, "" if nobody has.
+func (d *Desired) Holder(f Frontend) string {
+	if line := d.claims[f]; len(line) > 0 {
+		return line[0]
+	}
+	return ""
+}
+
 // RealServers is how many real servers a frontend should have, without those that drain.
 func (d *Desired) RealServers(f Frontend) int {
 	if s, _ := d.holder(f); s != nil {

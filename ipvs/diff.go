@@ -80,6 +80,11 @@ func (o Operation) String() string {
 	return fmt.Sprintf("unknown operation %d on kind %d", o.Verb, o.Kind)
 }
 
+// quiets tells whether the operation takes a real server's share of new connections from it. Others get theirs first.
+func (o Operation) quiets() bool {
+	return o.Kind == KindRealServer && o.Verb == Update && o.RealServer.Weight == 0
+}
+
 func (o Operation) verb(add, update, del string) string {
 	return [...]string{Add: add, Update: update, Delete: del}[o.Verb]
 }
@@ -118,7 +123,7 @@ func (e Element) String() string {
 }
 
 // Diff is what turns observed into desired, in an order in which no frontend that both states serve is ever
-// without a virtual server, no packet reaches an address before its virtual server is there, and nothing
+// without a virtual server, or without a real server that takes connections, no packet reaches an address before its virtual server is there, and nothing
 // that is ours is without its mark of ownership: elements, virtual servers, real servers and routes are
 // added in this order, and deleted in the opposite one. The order is total: equal states give equal operations.
 func Diff(observed, desired State) []Operation {
@@ -219,6 +224,7 @@ func (o Operation) compare(p Operation) int {
 		return o.Route.Compare(p.Route)
 	}
 	return cmp.Or(
+		compareBool(o.quiets(), p.quiets()),
 		o.VirtualServer.Frontend.Compare(p.VirtualServer.Frontend),
 		cmp.Compare(o.rank, p.rank),
 		o.RealServer.Addr.Compare(p.RealServer.Addr),

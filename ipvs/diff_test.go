@@ -49,8 +49,8 @@ func keepsPromises(from, at, to ipvs.State) error {
 			if _, ok := at.VirtualServers[f]; !ok {
 				return fmt.Errorf("%s has no virtual server, and both ends have one", f)
 			}
-			if len(from.RealServers[f]) > 0 && len(to.RealServers[f]) > 0 && len(at.RealServers[f]) == 0 {
-				return fmt.Errorf("%s has no real server, and both ends have some", f)
+			if takes(from, f) && takes(to, f) && !takes(at, f) {
+				return fmt.Errorf("%s has no real server that takes connections, and both ends have some", f)
 			}
 		}
 	}
@@ -81,6 +81,16 @@ func keepsPromises(from, at, to ipvs.State) error {
 		}
 	}
 	return nil
+}
+
+// takes tells whether a frontend has a real server that takes connections.
+func takes(s ipvs.State, f ipvs.Frontend) bool {
+	for _, r := range s.RealServers[f] {
+		if r.Weight > 0 {
+			return true
+		}
+	}
+	return false
 }
 
 func kept(s ipvs.State, f ipvs.Frontend) bool {

@@ -146,8 +146,10 @@ const (
 	VIPs Set = "vips"
 	// ServiceCIDRs is the ranges that cluster IPs come from; an address in them that no Service has is dropped.
 	ServiceCIDRs Set = "service_cidrs"
-	// Pods is the ranges of this node's own pods, whose address is kept on the way to any frontend.
+	// Pods is the ranges of this node's own pods, which are clients in the cluster.
 	Pods Set = "pods"
+	// Kept is the ranges of sources whose address is kept on the way to any frontend: the pods' as well.
+	Kept Set = "kept"
 	// Hairpin is the local endpoints: one that reaches itself through a Service is masqueraded.
 	Hairpin Set = "hairpin"
 	// Dropped is the frontends that new connections get no answer from: those of traffic policy Local on a node
@@ -227,8 +229,29 @@ func (s *State) AddFrontend(set Set, f Frontend) { s.addElement(Element{Set: set
 func (s *State) Restrict(f Frontend, sources ...netip.Prefix) {
 	s.AddFrontend(Restricted, f)
 	for _, p := range sources {
-		s.addElement(Element{Set: Allowed, Frontend: f, Prefix: p.Masked()})
+		s.AddSource(f, p)
 	}
+}
+
+// AddSource lets one more range of sources reach a restricted frontend.
+func (s *State) AddSource(f Frontend, p netip.Prefix) {
+	s.addElement(Element{Set: Allowed, Frontend: f, Prefix: p.Masked()})
+}
+
+// The marks that are ours: those whose first byte is MarkBits.
+const (
+	MarkBits uint32 = 0x4c000000
+	MarkMask uint32 = 0xff000000
+)
+
+// Marks is how many different marks [Mark] gives.
+const Marks = 1 << 22
+
+// Mark is mark number n of ours, of which Marks is taken off as often as need be. Bits 14 and 15 stay 0: there
+// Kubernetes puts marks of its own, that packets be masqueraded or dropped.
+func Mark(n uint32) uint32 {
+	n %= Marks
+	return MarkBits | n>>14<<16 | n&0x3fff
 }
 
 // AddShortcut leads clients in the cluster from a frontend to the virtual server of a mark.

@@ -177,6 +177,7 @@ func runClusterAgent(ctx context.Context, node string, conf config.Agent, kube *
 	startAgent(ctx, group, controller.AgentOptions{
 		Node: node, Config: conf, Inbox: inbox, DataPlane: data, Members: m,
 		Events: kube.Events(ctx, "longshore-agent", node), Password: kube.Password, Log: log,
+		WatchPods: func() { kube.WatchPods(ctx, inbox) },
 	})
 	return ended(group.Wait())
 }

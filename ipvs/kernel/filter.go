@@ -1,9 +1,11 @@
 package kernel
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -29,27 +31,55 @@ const sendBuffer = 64 << 20
 // The number of tables, chains and rules is fixed. What changes are elements of sets, in one transaction per
 // call. In the syntax of nft, the table of a family is:
 //
+//	chain prerouting { type filter hook prerouting priority mangle
+//		ct state ! new accept
+//		jump restrict
+//		ip saddr @pods meta mark set ip daddr . meta l4proto . th dport map @shortcuts
+//		jump locality
+//	}
+//	chain output { type route hook output priority mangle
+//		ct state ! new accept
+//		jump restrict
+//		meta mark set ip daddr . meta l4proto . th dport map @shortcuts
+//		jump locality
+//	}
+//	chain restrict {
+//		ip daddr . meta l4proto . th dport @restricted ip daddr . meta l4proto . th dport . ip saddr != @allowed drop
+//	}
+//	chain locality {
+//		meta mark != 0x4c000000/8 ip daddr . meta l4proto . th dport @dropped drop
+//	}
 //	chain input { type filter hook input priority filter
 //		ip daddr . meta l4proto . th dport @frontends accept
 //		ip daddr @vips meta l4proto icmp accept
 //		ip daddr @vips reject
 //		ip daddr @service_cidrs drop
 //	}
+//	chain unmark { type filter hook output priority filter
+//		meta mark 0x4c000000/8 meta mark set 0
+//	}
 //	chain postrouting { type nat hook postrouting priority srcnat
-//		ip saddr . ip daddr @hairpin masquerade
+//		ip saddr . ip daddr @hairpin masquerade to :32768-65535
 //		jump external
 //	}
 //	chain external {
-//		ct original ip daddr . meta l4proto . ct original proto-dst @masquerade ip saddr != @pods masquerade
+//		ct original ip daddr . meta l4proto . ct original proto-dst @masquerade ip saddr != @kept masquerade to :32768-65535
+//		oif != lo fib saddr type local ct original ip daddr . meta l4proto . ct original proto-dst @frontends masquerade to :32768-65535
 //	}
 //
-// The input chain comes before IPVS (LOCAL_IN, priority 98). IPVS does not set the dnat bit of conntrack, but
-// the original tuple tells which frontend a connection came to; for that net.ipv4.vs.conntrack is 1.
+// The mark chooses the virtual server: IPVS looks for one of the packet's mark first. It does not stay on the packet: once
+// IPVS has taken that, it passes the hook output again, on its way to the real server.
+//
+// The input chain comes before IPVS (LOCAL_IN, priority 98), the output chain too (LOCAL_OUT, priority -98). IPVS does not
+// set the dnat bit of conntrack, but the original tuple tells which frontend a connection came to; for that
+// net.ipv4.vs.conntrack is 1. Masquerade takes no port of the range that node ports come from: a reply to such a port would be
+// taken for a request.
 type filter struct {
 	conn     *nftables.Conn
 	families [2]*filterFamily // IPv4, IPv6
 	arp      *nftables.Table
 	arpSets  map[ipvs.Set]*nftables.Set
+	rules    [sha256.Size]byte // of what the kernel lists of our rules since prepare
 }
 
 type filterFamily struct {
@@ -90,6 +120,8 @@ const (
 	addressShape                  // address
 	prefixShape                   // ranges of addresses
 	pairShape                     // address . address
+	sourceShape                   // address . protocol . port . range of addresses
+	markShape                     // address . protocol . port : mark
 )
 
 // sets declares our sets, and which of them the arp table has too.
@@ -103,7 +135,12 @@ var sets = []struct {
 	{ipvs.VIPs, addressShape, true},
 	{ipvs.ServiceCIDRs, prefixShape, true},
 	{ipvs.Pods, prefixShape, false},
+	{ipvs.Kept, prefixShape, false},
 	{ipvs.Hairpin, pairShape, false},
+	{ipvs.Dropped, frontendShape, false},
+	{ipvs.Restricted, frontendShape, false},
+	{ipvs.Allowed, sourceShape, false},
+	{ipvs.Shortcuts, markShape, false},
 }
 
 func newSet(t *nftables.Table, name ipvs.Set, shape setShape) *nftables.Set {
@@ -113,9 +150,15 @@ func newSet(t *nftables.Table, name ipvs.Set, shape setShape) *nftables.Set {
 	}
 	s := &nftables.Set{Table: t, Name: string(name), KeyType: addr}
 	switch shape {
-	case frontendShape:
+	case frontendShape, markShape:
 		s.KeyType = nftables.MustConcatSetType(addr, nftables.TypeInetProto, nftables.TypeInetService)
 		s.Concatenation = true
+		if s.IsMap = shape == markShape; s.IsMap {
+			s.DataType = nftables.TypeMark
+		}
+	case sourceShape:
+		s.KeyType = nftables.MustConcatSetType(addr, nftables.TypeInetProto, nftables.TypeInetService, addr)
+		s.Concatenation, s.Interval = true, true
 	case pairShape:
 		s.KeyType = nftables.MustConcatSetType(addr, addr)
 		s.Concatenation = true
@@ -146,7 +189,7 @@ func (f *filter) prepare() error {
 		return fmt.Errorf("declare nftables tables %q: %w", tableName, err)
 	}
 	for _, ff := range f.families {
-		if err := ff.addMasqueradeChain(f.conn); err != nil {
+		if err := ff.addExternalChain(); err != nil {
 			return err
 		}
 		ff.addRules(f.conn)
@@ -155,7 +198,42 @@ func (f *filter) prepare() error {
 	if err := f.conn.Flush(); err != nil {
 		return fmt.Errorf("add the rules of nftables tables %q: %w", tableName, err)
 	}
-	return nil
+	rules, err := f.listRules()
+	f.rules = rules
+	return err
+}
+
+// intact tells whether the rules are those that prepare made, by handle: one that was replaced by its equal is another.
+func (f *filter) intact() bool {
+	rules, err := f.listRules()
+	return err == nil && rules == f.rules
+}
+
+// listRules is a hash of our rules as the kernel lists them.
+func (f *filter) listRules() (sum [sha256.Size]byte, err error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return sum, fmt.Errorf("open nftables: %w", err)
+	}
+	defer func() { _ = conn.Close() }()
+	hash := sha256.New()
+	for _, family := range []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyIPv6, nftables.TableFamilyARP} {
+		table := nested(0, attr(unix.NFTA_RULE_TABLE, []byte(tableName+"\x00"))).Data
+		listed, err := conn.Execute(netlink.Message{
+			Header: netlink.Header{
+				Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETRULE),
+				Flags: netlink.Request | netlink.Dump,
+			},
+			Data: append([]byte{byte(family), unix.NFNETLINK_V0, 0, 0}, table...),
+		})
+		if err != nil {
+			return sum, fmt.Errorf("list nftables rules: %w", err)
+		}
+		for _, m := range listed {
+			hash.Write(m.Data[4:]) // without the header, which has the ruleset's generation
+		}
+	}
+	return [sha256.Size]byte(hash.Sum(nil)), nil
 }
 
 // addARPRules silences the kernel for requests only: the node's own requests may carry a VIP as sender, and the
@@ -219,28 +297,104 @@ func (ff *filterFamily) lookup(set ipvs.Set, invert bool) *expr.Lookup {
 	return &expr.Lookup{SourceRegister: firstRegister, SetName: string(set), SetID: ff.sets[set].ID, Invert: invert}
 }
 
+// Marks of shortcuts have these bits, and no others of the first byte. kube-proxy's and the kubelet's marks, 0x4000 and
+// 0x8000, are not among the rest (see [ipvs.Mark]).
+const (
+	markBits = ipvs.MarkBits
+	markMask = ipvs.MarkMask
+)
+
+// The source ports of masquerade: above the range of node ports (30000-32767).
+const (
+	firstMasqueradePort = 32768
+	lastMasqueradePort  = 65535
+)
+
+// masquerade is an expression for masquerade to the ports above; registers a and b are used for it.
+func masquerade(a, b uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Immediate{Register: a, Data: binary.BigEndian.AppendUint16(nil, firstMasqueradePort)},
+		&expr.Immediate{Register: b, Data: binary.BigEndian.AppendUint16(nil, lastMasqueradePort)},
+		&expr.Masq{ToPorts: true, RegProtoMin: a, RegProtoMax: b},
+	}
+}
+
+// frontend loads destination address, protocol and port into the registers of a key.
+func (l layout) frontend() []expr.Any {
+	return []expr.Any{
+		l.destination(firstRegister),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: l.next},
+		&expr.Payload{DestRegister: l.next + 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+	}
+}
+
+// marked compares the packet's mark with ours.
+func marked(op expr.CmpOp) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister},
+		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4, Mask: ne32(markMask), Xor: ne32(0)},
+		&expr.Cmp{Op: op, Register: firstRegister, Data: ne32(markBits)},
+	}
+}
+
+func ne32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
+
 func (ff *filterFamily) addRules(conn *nftables.Conn) {
 	ip := ff.layout()
+	mangle := nftables.ChainPriorityMangle
+	restrict := addChain(conn, ff.table, "restrict", "", nil, nil)
+	locality := addChain(conn, ff.table, "locality", "", nil, nil)
+	prerouting := addChain(conn, ff.table, "prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, mangle)
+	output := addChain(conn, ff.table, "output", nftables.ChainTypeRoute, nftables.ChainHookOutput, mangle)
 	input := addChain(conn, ff.table, "input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter)
+	unmark := addChain(conn, ff.table, "unmark", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityFilter)
 	postrouting := addChain(conn, ff.table, "postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
-	rule := func(chain *nftables.Chain, exprs ...expr.Any) {
-		conn.AddRule(&nftables.Rule{Table: ff.table, Chain: chain, Exprs: exprs})
+	rule := func(chain *nftables.Chain, parts ...[]expr.Any) {
+		conn.AddRule(&nftables.Rule{Table: ff.table, Chain: chain, Exprs: slices.Concat(parts...)})
 	}
-	toVIP := []expr.Any{ip.destination(firstRegister), ff.lookup(ipvs.VIPs, false)}
+	one := func(e ...expr.Any) []expr.Any { return e }
+	verdict := func(kind expr.VerdictKind) []expr.Any { return one(&expr.Verdict{Kind: kind}) }
+	jump := func(to string) []expr.Any { return one(&expr.Verdict{Kind: expr.VerdictJump, Chain: to}) }
+	toVIP := one(ip.destination(firstRegister), ff.lookup(ipvs.VIPs, false))
 
-	rule(input, ip.destination(firstRegister),
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: ip.next},
-		&expr.Payload{DestRegister: ip.next + 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
-		ff.lookup(ipvs.Frontends, false), &expr.Verdict{Kind: expr.VerdictAccept})
-	rule(input, append(toVIP,
+	known := one(
+		&expr.Ct{Key: expr.CtKeySTATE, Register: firstRegister},
+		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4, Mask: ne32(expr.CtStateBitNEW), Xor: ne32(0)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: ne32(0)},
+	)
+	shortcut := slices.Concat(ip.frontend(), one(
+		&expr.Lookup{SourceRegister: firstRegister, DestRegister: firstRegister, IsDestRegSet: true, SetName: string(ipvs.Shortcuts), SetID: ff.sets[ipvs.Shortcuts].ID},
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: firstRegister},
+	))
+	for _, chain := range []*nftables.Chain{prerouting, output} {
+		rule(chain, known, verdict(expr.VerdictAccept))
+		rule(chain, jump(restrict.Name))
+		if chain == prerouting {
+			rule(chain, one(ip.source(), ff.lookup(ipvs.Pods, false)), shortcut)
+		} else {
+			rule(chain, shortcut)
+		}
+		rule(chain, jump(locality.Name))
+	}
+	rule(restrict, ip.frontend(), one(ff.lookup(ipvs.Restricted, false)),
+		ip.frontend(), one(ip.address(ip.next+2, ip.sourceOffset), ff.lookup(ipvs.Allowed, true)), verdict(expr.VerdictDrop))
+	rule(locality, marked(expr.CmpOpNeq), ip.frontend(), one(ff.lookup(ipvs.Dropped, false)), verdict(expr.VerdictDrop))
+
+	rule(input, ip.frontend(), one(ff.lookup(ipvs.Frontends, false)), verdict(expr.VerdictAccept))
+	rule(input, toVIP, one(
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: firstRegister},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: []byte{ip.icmp}},
-		&expr.Verdict{Kind: expr.VerdictAccept})...)
-	rule(input, append(toVIP, &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: ip.portUnreachable})...)
-	rule(input, ip.destination(firstRegister), ff.lookup(ipvs.ServiceCIDRs, false), &expr.Verdict{Kind: expr.VerdictDrop})
+	), verdict(expr.VerdictAccept))
+	rule(input, toVIP, one(&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: ip.portUnreachable}))
+	rule(input, one(ip.destination(firstRegister), ff.lookup(ipvs.ServiceCIDRs, false)), verdict(expr.VerdictDrop))
 
-	rule(postrouting, ip.source(), ip.destination(ip.next), ff.lookup(ipvs.Hairpin, false), &expr.Masq{})
-	rule(postrouting, &expr.Verdict{Kind: expr.VerdictJump, Chain: externalChain})
+	rule(unmark, marked(expr.CmpOpEq), one(
+		&expr.Immediate{Register: firstRegister, Data: ne32(0)},
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: firstRegister},
+	))
+
+	rule(postrouting, one(ip.source(), ip.destination(ip.next), ff.lookup(ipvs.Hairpin, false)), masquerade(firstRegister, firstRegister+1))
+	rule(postrouting, jump(externalChain))
 }
 
 // observe reads the elements of our sets.
@@ -308,11 +462,20 @@ func (f *filter) apply(ops []ipvs.Operation) error {
 // encodeElement is the key, or for a range the two ends, of an element. Fields of a key fill four bytes or a multiple.
 func encodeElement(e ipvs.Element) []nftables.SetElement {
 	switch {
-	case !e.Prefix.IsValid():
+	case e.OfFrontend():
 		key := e.Frontend.Addr.Addr().AsSlice()
 		key = append(key, byte(e.Frontend.Protocol), 0, 0, 0)
-		key = binary.BigEndian.AppendUint16(key, e.Frontend.Addr.Port())
-		return []nftables.SetElement{{Key: append(key, 0, 0)}}
+		key = append(binary.BigEndian.AppendUint16(key, e.Frontend.Addr.Port()), 0, 0)
+		switch e.Set {
+		case ipvs.Allowed:
+			return []nftables.SetElement{{
+				Key:    slices.Concat(key, e.Prefix.Addr().AsSlice()),
+				KeyEnd: slices.Concat(key, lastAddr(e.Prefix).AsSlice()),
+			}}
+		case ipvs.Shortcuts:
+			return []nftables.SetElement{{Key: key, Val: ne32(e.Mark)}}
+		}
+		return []nftables.SetElement{{Key: key}}
 	case e.Set == ipvs.Hairpin:
 		addr := e.Prefix.Addr().AsSlice()
 		return []nftables.SetElement{{Key: append(addr, addr...)}}
@@ -348,12 +511,23 @@ func decodeElements(s *ipvs.State, name ipvs.Set, shape setShape, elements []nft
 		}
 		addr, _ := netip.AddrFromSlice(e.Key[:size])
 		switch shape {
-		case frontendShape:
+		case frontendShape, sourceShape, markShape:
 			if len(e.Key) < size+8 {
 				return fmt.Errorf("key of %d bytes", len(e.Key))
 			}
-			p := binary.BigEndian.Uint16(e.Key[size+4:])
-			s.AddFrontend(name, ipvs.At(ipvs.Protocol(e.Key[size]), netip.AddrPortFrom(addr, p)))
+			f := ipvs.At(ipvs.Protocol(e.Key[size]), netip.AddrPortFrom(addr, binary.BigEndian.Uint16(e.Key[size+4:])))
+			switch {
+			case shape == frontendShape:
+				s.AddFrontend(name, f)
+			case shape == markShape && len(e.Val) >= 4:
+				s.AddShortcut(f, binary.NativeEndian.Uint32(e.Val))
+			case shape == sourceShape && len(e.Key) >= 2*size+8 && len(e.KeyEnd) >= 2*size+8:
+				start, _ := netip.AddrFromSlice(e.Key[size+8:][:size])
+				end, _ := netip.AddrFromSlice(e.KeyEnd[size+8:][:size])
+				s.AddSource(f, prefixBetween(start, []netip.Addr{end.Next()}))
+			default:
+				return fmt.Errorf("element %x of %d bytes", e.Key, len(e.Val))
+			}
 		case addressShape, pairShape:
 			s.AddPrefix(name, netip.PrefixFrom(addr, addr.BitLen()))
 		case prefixShape:
@@ -374,7 +548,7 @@ func decodeElements(s *ipvs.State, name ipvs.Set, shape setShape, elements []nft
 func prefixBetween(start netip.Addr, ends []netip.Addr) netip.Prefix {
 	var end netip.Addr
 	for _, e := range ends {
-		if start.Less(e) && (!end.IsValid() || e.Less(end)) {
+		if e.IsValid() && start.Less(e) && (!end.IsValid() || e.Less(end)) {
 			end = e
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"runtime"
 	"slices"
@@ -31,6 +32,8 @@ type Kernel struct {
 
 	schedulers map[string]bool        // those whose module was asked for
 	owned      map[ipvs.Frontend]bool // virtual servers known as ours, should our tables be flushed by somebody
+	limited    map[ipvs.Frontend]bool // virtual servers whose real servers have thresholds
+	adopted    bool                   // everything has been read by netlink once, so limited is complete
 }
 
 // Open connects to the kernel and loads what IPVS needs if it may. It changes nothing else, so it serves
@@ -50,7 +53,8 @@ func Open(log *slog.Logger) (*Kernel, error) {
 			return nil, fmt.Errorf("module ip_vs was loaded, but: %w", err)
 		}
 	}
-	k := &Kernel{log: log, genl: g, schedulers: map[string]bool{}, owned: map[ipvs.Frontend]bool{}}
+	k := &Kernel{log: log, genl: g, schedulers: map[string]bool{},
+		owned: map[ipvs.Frontend]bool{}, limited: map[ipvs.Frontend]bool{}}
 	if k.routes, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return nil, fmt.Errorf("open rtnetlink: %w", err)
 	}
@@ -109,6 +113,13 @@ func (k *Kernel) Prepare() error {
 	return k.filter.prepare()
 }
 
+// Intact tells whether nobody has changed the tables, chains and rules that Prepare made. Their elements are Observe's.
+func (k *Kernel) Intact() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.filter.intact()
+}
+
 // Observe reads what is ours in the kernel.
 func (k *Kernel) Observe() (ipvs.State, error) {
 	k.mu.Lock()
@@ -120,21 +131,74 @@ func (k *Kernel) Observe() (ipvs.State, error) {
 	if err := k.observeRoutes(&s); err != nil {
 		return s, err
 	}
-	t, err := k.table()
+	services, err := k.services()
 	if err != nil {
 		return s, err
 	}
-	for _, v := range t.Services {
-		if _, ours := s.Elements[ipvs.Element{Set: ipvs.Frontends, Frontend: v.Frontend}]; !ours && !k.owned[v.Frontend] {
-			continue
-		}
-		k.owned[v.Frontend] = true
-		s.AddVirtualServer(v.VirtualServer)
-		for _, r := range v.RealServers {
-			s.AddVirtualServer(v.VirtualServer, r.RealServer)
+	var listed map[ipvs.Frontend][]ipvs.RealServer
+	if k.adopted {
+		if listed, err = readRealServers(); err != nil {
+			return s, fmt.Errorf("list real servers: %w", err)
 		}
 	}
+	marks := map[ipvs.Frontend]bool{}
+	for e := range s.Elements {
+		if e.Set == ipvs.Shortcuts {
+			marks[ipvs.Frontend{Mark: e.Mark, IPv6: e.IPv6()}] = true
+		}
+	}
+	for _, v := range services {
+		f := v.Frontend
+		_, ours := s.Elements[ipvs.Element{Set: ipvs.Frontends, Frontend: f}]
+		if !ours && !marks[f] && !k.owned[f] {
+			continue
+		}
+		k.owned[f] = true
+		reals := listed[f]
+		if !k.adopted || k.limited[f] {
+			if reals, err = k.realServers(f); err != nil {
+				return s, err
+			}
+		}
+		s.AddVirtualServer(v.VirtualServer, reals...)
+	}
+	k.adopted = true
 	return s, nil
+}
+
+// realServers reads the real servers of one virtual server, and notes whether any has thresholds.
+func (k *Kernel) realServers(f ipvs.Frontend) ([]ipvs.RealServer, error) {
+	observed, err := k.destinations(f)
+	if err != nil {
+		return nil, err
+	}
+	reals := make([]ipvs.RealServer, len(observed))
+	for i, r := range observed {
+		reals[i] = r.RealServer
+		if r.Upper != 0 || r.Lower != 0 {
+			k.limited[f] = true
+		}
+	}
+	return reals, nil
+}
+
+// Connections is how many connections the real servers of some virtual servers have, open ones and those that are about
+// to be forgotten. A virtual server that is not there has none.
+func (k *Kernel) Connections(of []ipvs.Frontend) (map[ipvs.Frontend]map[netip.AddrPort]int, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	out := map[ipvs.Frontend]map[netip.AddrPort]int{}
+	for _, f := range of {
+		reals, err := k.destinations(f)
+		if err != nil {
+			return nil, err
+		}
+		out[f] = map[netip.AddrPort]int{}
+		for _, r := range reals {
+			out[f][r.Addr] = int(r.Active + r.Inactive)
+		}
+	}
+	return out, nil
 }
 
 // Apply does the operations in their order and returns those that failed; the others are done. Elements of
@@ -177,12 +241,15 @@ func (k *Kernel) Apply(ops []ipvs.Operation) []ipvs.Failure {
 	return failed
 }
 
-// note remembers which virtual servers are ours.
+// note remembers which virtual servers are ours, and which have thresholds.
 func (k *Kernel) note(done ipvs.Operation) {
 	switch {
+	case done.Kind == ipvs.KindRealServer && (done.RealServer.Upper != 0 || done.RealServer.Lower != 0):
+		k.limited[done.VirtualServer.Frontend] = true
 	case done.Kind != ipvs.KindVirtualServer:
 	case done.Verb == ipvs.Delete:
 		delete(k.owned, done.VirtualServer.Frontend)
+		delete(k.limited, done.VirtualServer.Frontend)
 	default:
 		k.owned[done.VirtualServer.Frontend] = true
 	}
@@ -239,7 +306,7 @@ func settled(o ipvs.Operation, err error) error {
 func (k *Kernel) disown(failed []ipvs.Failure) {
 	var ops []ipvs.Operation
 	for _, f := range failed {
-		if f.Operation.Kind == ipvs.KindVirtualServer && errors.Is(f.Err, ipvs.ErrForeign) {
+		if f.Operation.Kind == ipvs.KindVirtualServer && f.Operation.VirtualServer.Frontend.Mark == 0 && errors.Is(f.Err, ipvs.ErrForeign) {
 			ops = append(ops, ipvs.Operation{Verb: ipvs.Delete, Kind: ipvs.KindElement,
 				Element: ipvs.Element{Set: ipvs.Frontends, Frontend: f.Operation.VirtualServer.Frontend}})
 		}
@@ -250,6 +317,25 @@ func (k *Kernel) disown(failed []ipvs.Failure) {
 	if err := k.filter.apply(ops); err != nil {
 		k.log.Error("cannot disown frontends of others", "error", err)
 	}
+}
+
+// PortInUse tells whether a process has a port of this machine's own, by trying to have it too. Nothing listens meanwhile.
+func (k *Kernel) PortInUse(p ipvs.Protocol, port uint16) bool {
+	kind := map[ipvs.Protocol]int{ipvs.TCP: unix.SOCK_STREAM, ipvs.UDP: unix.SOCK_DGRAM, ipvs.SCTP: unix.SOCK_STREAM}[p]
+	if p == ipvs.SCTP { // the socket would load the module
+		if _, err := os.Stat("/sys/module/sctp"); err != nil {
+			return false
+		}
+	}
+	fd, err := unix.Socket(unix.AF_INET6, kind|unix.SOCK_CLOEXEC, int(p))
+	if err != nil {
+		return false // without IPv6, or the protocol, there is nothing to learn
+	}
+	defer func() { _ = unix.Close(fd) }()
+	if p == ipvs.TCP { // connections that have ended are no process
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	}
+	return errors.Is(unix.Bind(fd, &unix.SockaddrInet6{Port: int(port)}), unix.EADDRINUSE)
 }
 
 // sysctls are what the data plane needs, each for a reason.

@@ -3,9 +3,12 @@ package kernel
 import (
 	"errors"
 	"log/slog"
+	"maps"
+	"net"
 	"net/netip"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -13,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	moby "github.com/moby/ipvs"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"github.com/longshore-lb/longshore/ipvs"
 )
@@ -71,6 +75,18 @@ func example() ipvs.State {
 		s.AddVirtualServer(v.server, v.reals...)
 		s.AddFrontend(ipvs.Frontends, v.server.Frontend)
 	}
+	for _, ipv6 := range []bool{false, true} {
+		at, from := frontend(ipvs.TCP, "192.0.2.1:80"), "10.0.0.0/8"
+		if ipv6 {
+			at, from = frontend(ipvs.TCP, "[fd96::1]:443"), "fd00::/16"
+		}
+		marked := ipvs.Frontend{Mark: ipvs.Mark(12345678), IPv6: ipv6}
+		s.AddVirtualServer(ipvs.VirtualServer{Frontend: marked, Scheduler: "lc"}, slices.Collect(maps.Values(s.RealServers[at]))...)
+		s.AddShortcut(at, marked.Mark)
+		s.Restrict(at, netip.MustParsePrefix(from))
+		s.AddFrontend(ipvs.Dropped, at)
+	}
+	s.Restrict(frontend(ipvs.TCP, "192.0.2.1:80"), netip.MustParsePrefix("192.168.7.0/25"), netip.MustParsePrefix("255.255.255.255/32"))
 	s.AddFrontend(ipvs.Masquerade, frontend(ipvs.TCP, "192.0.2.1:80"))
 	for _, p := range []string{"10.96.0.1/32", "10.96.0.10/32", "fd96::1/128", "192.0.2.1/32"} {
 		s.AddPrefix(ipvs.VIPs, netip.MustParsePrefix(p))
@@ -137,6 +153,21 @@ func TestApplyThenObserve(t *testing.T) {
 		t.Errorf("after a flush of nftables (-want +got):\n%s", diff)
 	}
 
+	// Rules are looked after as well.
+	if !k.Intact() {
+		t.Error("not intact after Prepare")
+	}
+	run(t, "nft", "insert rule ip longshore input accept")
+	if k.Intact() {
+		t.Error("intact with somebody else's rule")
+	}
+	if err := k.Prepare(); err != nil || !k.Intact() {
+		t.Errorf("not intact after it was prepared again: %v", err)
+	}
+	if strings.Contains(run(t, "nft", "list chain ip longshore input"), "{\n\t\taccept") {
+		t.Error("somebody else's rule is still there")
+	}
+
 	changed := example()
 	https := frontend(ipvs.TCP, "10.96.0.1:443")
 	changed.AddVirtualServer(ipvs.VirtualServer{Frontend: https, Scheduler: "wrr"}, real("172.31.0.5:6443", 3), real("172.31.0.6:6443", 1))
@@ -176,6 +207,9 @@ func TestIndependentReaders(t *testing.T) {
 	for _, s := range services {
 		addr, _ := netip.AddrFromSlice(s.Address)
 		f := ipvs.At(ipvs.Protocol(s.Protocol), netip.AddrPortFrom(addr.Unmap(), s.Port))
+		if s.FWMark != 0 {
+			f = ipvs.Frontend{Mark: s.FWMark, IPv6: s.AddressFamily == unix.AF_INET6}
+		}
 		v, ok := want.VirtualServers[f]
 		if !ok {
 			t.Errorf("moby/ipvs sees %s, which was not asked for", f)
@@ -218,17 +252,27 @@ func TestIndependentReaders(t *testing.T) {
 		t.Errorf("the arp chain is not at hook input:\n%s", arp)
 	}
 	for _, line := range []string{
+		"ct state ! new accept",
+		"ip daddr . meta l4proto . th dport @restricted ip daddr . meta l4proto . th dport . ip saddr != @allowed drop",
+		"ip saddr @pods meta mark set ip daddr . meta l4proto . th dport map @shortcuts",
+		"ip6 saddr @pods meta mark set ip6 daddr . meta l4proto . th dport map @shortcuts",
+		"meta mark != 0x4c000000/8 ip daddr . meta l4proto . th dport @dropped drop",
+		"meta mark 0x4c000000/8 meta mark set 0x00000000",
+		"type route hook output priority mangle",
 		"ip daddr . meta l4proto . th dport @frontends accept",
 		"ip daddr @vips meta l4proto icmp accept",
 		"ip daddr @vips reject",
 		"ip daddr @service_cidrs drop",
-		"ip saddr . ip daddr @hairpin masquerade",
+		"ip saddr . ip daddr @hairpin masquerade to :32768-65535",
 		"ip6 daddr . meta l4proto . th dport @frontends accept",
-		"ip6 saddr . ip6 daddr @hairpin masquerade",
+		"ip6 saddr . ip6 daddr @hairpin masquerade to :32768-65535",
 		"arp operation request arp daddr ip @vips drop",
 		"10.244.1.3 . 10.244.1.3",
-		"ct original ip daddr . meta l4proto . ct original proto-dst @masquerade ip saddr != @pods masquerade",
-		"ct original ip6 daddr . meta l4proto . ct original proto-dst @masquerade ip6 saddr != @pods masquerade",
+		"ct original ip daddr . meta l4proto . ct original proto-dst @masquerade ip saddr != @kept masquerade to :32768-65535",
+		"ct original ip6 daddr . meta l4proto . ct original proto-dst @masquerade ip6 saddr != @kept masquerade to :32768-65535",
+		`oif != "lo" fib saddr type local ct original ip daddr . meta l4proto . ct original proto-dst @frontends masquerade to :32768-65535`,
+		"192.0.2.1 . tcp . 80 . 192.168.7.0/25",
+		"fd96::1 . tcp . 443 . fd00::/16",
 		"192.0.2.1 . tcp . 80",
 	} {
 		if !strings.Contains(ruleset, line) {
@@ -298,6 +342,40 @@ func TestMissingElement(t *testing.T) {
 	apply(t, k, ipvs.Diff(observe(t, k), ipvs.State{}))
 	if got := observe(t, k); len(got.Elements) != 0 {
 		t.Errorf("left: %v", got.Elements)
+	}
+}
+
+// TestConnections holds a connection and sees it counted; and a restarted process finds thresholds, which /proc does not tell.
+func TestConnections(t *testing.T) {
+	k := open(t)
+	f := frontend(ipvs.TCP, "192.0.2.1:80")
+	var want ipvs.State
+	want.AddVirtualServer(ipvs.VirtualServer{Frontend: f, Scheduler: "rr"}, ipvs.RealServer{Addr: netip.MustParseAddrPort("127.0.0.1:8080"), Weight: 1, Upper: 9})
+	want.AddFrontend(ipvs.Frontends, f)
+	want.AddRoute(netip.MustParsePrefix("192.0.2.1/32"), netip.Addr{})
+	apply(t, k, ipvs.Diff(ipvs.State{}, want))
+	l, err := net.Listen("tcp", "127.0.0.1:8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	c, err := net.Dial("tcp", "192.0.2.1:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	gone := frontend(ipvs.TCP, "192.0.2.2:80")
+	n, err := k.Connections([]ipvs.Frontend{f, gone})
+	if err != nil || len(n[gone]) != 0 || n[f][netip.MustParseAddrPort("127.0.0.1:8080")] != 1 {
+		t.Errorf("connections %v, %v: want one", n, err)
+	}
+	if !k.PortInUse(ipvs.TCP, 8080) || k.PortInUse(ipvs.UDP, 8080) || k.PortInUse(ipvs.TCP, 8081) || k.PortInUse(ipvs.SCTP, 8080) {
+		t.Error("port 8080/TCP is not the only one in use")
+	}
+	for range 2 { // by netlink, then by /proc
+		if diff := cmp.Diff(want, observe(t, k), equal); diff != "" {
+			t.Errorf("-want +got:\n%s", diff)
+		}
 	}
 }
 

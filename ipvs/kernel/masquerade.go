@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -15,34 +14,71 @@ import (
 
 // Keys of a ct expression (enum nft_ct_keys, include/uapi/linux/netfilter/nf_tables.h): the destination address of a
 // connection's tuple. google/nftables writes neither (it leaves out their direction), only the older NFT_CT_DST, which
-// has no fixed length: in a concatenation the nft program cannot list it. So this one rule is written by hand.
+// has no fixed length: in a concatenation the nft program cannot list it. So the rules with it are written by hand.
 const (
 	ctDestinationIP  = 20
 	ctDestinationIP6 = 22
 )
 
-// externalChain is the chain of the rule that hides clients outside the node's pods behind the node.
+// externalChain is the chain of the rules that hide clients outside the node's pods, and the node's own, behind the
+// address that the packets leave from.
 const externalChain = "external"
 
 // directionOriginal is IP_CT_DIR_ORIGINAL (include/uapi/linux/netfilter/nf_conntrack_tuple_common.h).
 const directionOriginal = 0
 
-// addMasqueradeChain makes the chain "external" together with its one rule, unless an earlier run did: a chain that is
-// there has its rule. A version of longshore that needs another rule names its chain differently.
-func (ff *filterFamily) addMasqueradeChain(conn *nftables.Conn) error {
-	chains, err := conn.ListChainsOfTableFamily(ff.table.Family)
-	if err != nil {
-		return fmt.Errorf("list nftables chains: %w", err)
-	}
-	if slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == tableName && c.Name == externalChain }) {
-		return nil
-	}
+// addExternalChain makes the chain "external" and its rules, in the place of those that an earlier run made.
+func (ff *filterFamily) addExternalChain() error {
 	ip := ff.layout()
+	table := attr(unix.NFTA_RULE_TABLE, []byte(tableName+"\x00"))
+	chain := attr(unix.NFTA_RULE_CHAIN, []byte(externalChain+"\x00"))
+	messages := []netlink.Message{
+		ff.message(unix.NFT_MSG_NEWCHAIN, netlink.Create, table, attr(unix.NFTA_CHAIN_NAME, []byte(externalChain+"\x00"))),
+		ff.message(unix.NFT_MSG_DELRULE, 0, table, chain),
+	}
+	lo := []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyOIF, Register: firstRegister},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: firstRegister, Data: ne32(loopbackIndex)},
+		&expr.Fib{Register: firstRegister, FlagSADDR: true, ResultADDRTYPE: true},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: ne32(unix.RTN_LOCAL)},
+	}
+	for _, rule := range []struct {
+		before []expr.Any
+		set    ipvs.Set
+		after  []expr.Any
+	}{
+		{nil, ipvs.Masquerade, []expr.Any{ip.source(), ff.lookup(ipvs.Kept, true)}},
+		{lo, ipvs.Frontends, nil},
+	} {
+		elements, err := ff.encode(rule.before)
+		if err != nil {
+			return err
+		}
+		elements = append(elements, nested(unix.NFTA_LIST_ELEM, ff.originalDestination()...))
+		rest, err := ff.encode(slices.Concat([]expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: ip.next},
+			&expr.Ct{Key: expr.CtKeyPROTODST, Register: ip.next + 1, Direction: directionOriginal},
+			ff.lookup(rule.set, false),
+		}, rule.after, masquerade(firstRegister, firstRegister+1)))
+		if err != nil {
+			return err
+		}
+		messages = append(messages, ff.message(unix.NFT_MSG_NEWRULE, netlink.Create|netlink.Append, table, chain,
+			nested(unix.NFTA_RULE_EXPRESSIONS, append(elements, rest...)...)))
+	}
+	return ff.commit(messages...)
+}
+
+// loopbackIndex is the index of lo, the first interface of every network namespace (net/core/net_namespace.c).
+const loopbackIndex = 1
+
+// originalDestination is the expression `ct original ip daddr`.
+func (ff *filterFamily) originalDestination() []netlink.Attribute {
 	key := uint32(ctDestinationIP)
 	if ff.ipv6() {
 		key = ctDestinationIP6
 	}
-	destination := attrs(
+	return attrs(
 		attr(unix.NFTA_EXPR_NAME, []byte("ct\x00")),
 		nested(unix.NFTA_EXPR_DATA,
 			attr(unix.NFTA_CT_KEY, be32(key)),
@@ -50,28 +86,18 @@ func (ff *filterFamily) addMasqueradeChain(conn *nftables.Conn) error {
 			attr(unix.NFTA_CT_DIRECTION, []byte{directionOriginal}),
 		),
 	)
-	elements := []netlink.Attribute{nested(unix.NFTA_LIST_ELEM, destination...)}
-	for _, e := range []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: ip.next},
-		&expr.Ct{Key: expr.CtKeyPROTODST, Register: ip.next + 1, Direction: directionOriginal},
-		ff.lookup(ipvs.Masquerade, false),
-		ip.source(),
-		ff.lookup(ipvs.Pods, true),
-		&expr.Masq{},
-	} {
+}
+
+func (ff *filterFamily) encode(exprs []expr.Any) ([]netlink.Attribute, error) {
+	var out []netlink.Attribute
+	for _, e := range exprs {
 		b, err := expr.Marshal(byte(ff.table.Family), e)
 		if err != nil {
-			return fmt.Errorf("encode masquerade rule: %w", err)
+			return nil, fmt.Errorf("encode a rule of chain %s: %w", externalChain, err)
 		}
-		elements = append(elements, attr(unix.NLA_F_NESTED|unix.NFTA_LIST_ELEM, b))
+		out = append(out, attr(unix.NLA_F_NESTED|unix.NFTA_LIST_ELEM, b))
 	}
-	table := attr(unix.NFTA_RULE_TABLE, []byte(tableName+"\x00"))
-	return ff.commit(
-		ff.message(unix.NFT_MSG_NEWCHAIN, 0, table, attr(unix.NFTA_CHAIN_NAME, []byte(externalChain+"\x00"))),
-		ff.message(unix.NFT_MSG_NEWRULE, netlink.Append, table,
-			attr(unix.NFTA_RULE_CHAIN, []byte(externalChain+"\x00")),
-			nested(unix.NFTA_RULE_EXPRESSIONS, elements...)),
-	)
+	return out, nil
 }
 
 func (ff *filterFamily) message(kind uint16, flags netlink.HeaderFlags, a ...netlink.Attribute) netlink.Message {
@@ -79,7 +105,7 @@ func (ff *filterFamily) message(kind uint16, flags netlink.HeaderFlags, a ...net
 	return netlink.Message{
 		Header: netlink.Header{
 			Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | kind),
-			Flags: netlink.Request | netlink.Acknowledge | netlink.Create | flags,
+			Flags: netlink.Request | netlink.Acknowledge | flags,
 		},
 		Data: append([]byte{byte(ff.table.Family), unix.NFNETLINK_V0, 0, 0}, body...),
 	}
@@ -100,11 +126,11 @@ func (ff *filterFamily) commit(messages ...netlink.Message) error {
 	}
 	batch := slices.Concat([]netlink.Message{bracket(unix.NFNL_MSG_BATCH_BEGIN)}, messages, []netlink.Message{bracket(unix.NFNL_MSG_BATCH_END)})
 	if _, err := conn.SendMessages(batch); err != nil {
-		return fmt.Errorf("add nftables chain %s: %w", externalChain, err)
+		return fmt.Errorf("replace nftables chain %s: %w", externalChain, err)
 	}
 	for range messages {
 		if _, err := conn.Receive(); err != nil {
-			return fmt.Errorf("add nftables chain %s: %w", externalChain, err)
+			return fmt.Errorf("replace nftables chain %s: %w", externalChain, err)
 		}
 	}
 	return nil

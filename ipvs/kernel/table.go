@@ -128,32 +128,49 @@ func (k *Kernel) table() (ipvs.Table, error) {
 	if err != nil {
 		return t, fmt.Errorf("read IPVS version: %w", err)
 	}
-	err = k.genl.read(message{command: cmdGetService}, true, func(b []byte) error {
+	if t.Services, err = k.services(); err != nil {
+		return t, err
+	}
+	for i := range t.Services {
+		if t.Services[i].RealServers, err = k.destinations(t.Services[i].Frontend); err != nil {
+			return t, err
+		}
+	}
+	return t, nil
+}
+
+// services lists the virtual servers, without their real servers.
+func (k *Kernel) services() ([]ipvs.ObservedServer, error) {
+	var out []ipvs.ObservedServer
+	err := k.genl.read(message{command: cmdGetService}, true, func(b []byte) error {
 		s, err := decodeVirtualServer(b)
 		if err == nil {
-			t.Services = append(t.Services, s)
+			out = append(out, s)
 		}
 		return err
 	})
 	if err != nil {
-		return t, fmt.Errorf("list virtual servers: %w", err)
+		return nil, fmt.Errorf("list virtual servers: %w", err)
 	}
-	for i := range t.Services {
-		s := &t.Services[i]
-		var attrs attributes
-		attrs.nested(attrService, encodeVirtualServer(s.VirtualServer, false))
-		err := k.genl.read(message{command: cmdGetDest, attrs: attrs}, true, func(b []byte) error {
-			r, err := decodeRealServer(b, s.VirtualServer.Frontend)
-			if err == nil {
-				s.RealServers = append(s.RealServers, r)
-			}
-			return err
-		})
-		if err != nil {
-			return t, fmt.Errorf("list real servers of %s: %w", s.VirtualServer.Frontend, err)
+	return out, nil
+}
+
+// destinations lists the real servers of one virtual server.
+func (k *Kernel) destinations(f ipvs.Frontend) ([]ipvs.ObservedRealServer, error) {
+	var out []ipvs.ObservedRealServer
+	var attrs attributes
+	attrs.nested(attrService, encodeVirtualServer(ipvs.VirtualServer{Frontend: f}, false))
+	err := k.genl.read(message{command: cmdGetDest, attrs: attrs}, true, func(b []byte) error {
+		r, err := decodeRealServer(b, f)
+		if err == nil {
+			out = append(out, r)
 		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list real servers of %s: %w", f, err)
 	}
-	return t, nil
+	return out, nil
 }
 
 func decodeVirtualServer(b []byte) (ipvs.ObservedServer, error) {
