@@ -136,6 +136,17 @@ kernel:
 	if diff := cmp.Diff(want, got, compareNetip); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
+	none, err := k.ParseAgent("agent.yaml", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	empty, err := k.ParseAgent("agent.yaml", []byte("kernel:\n  conntrack:\n")) // as the chart writes it
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(none, empty, compareNetip); diff != "" {
+		t.Errorf("a field without a value (-no file +file):\n%s", diff)
+	}
 	if _, err := k.ParseAgent("agent.yaml", []byte("schedular: rr")); err == nil {
 		t.Error("a field that does not exist is no error")
 	}

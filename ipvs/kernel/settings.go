@@ -13,7 +13,7 @@ import (
 
 // Timeouts of the IPVS generic netlink family (include/uapi/linux/ip_vs.h).
 const (
-	cmdSetConfig = 13
+	cmdSetConfig = 12
 
 	attrTimeoutTCP    = 4
 	attrTimeoutTCPFin = 5
