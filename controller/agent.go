@@ -115,26 +115,31 @@ type Agent struct {
 	ready   atomic.Bool
 	queries chan func()
 	metrics *metrics
+	health  health
+	checks  *HealthChecks
 
 	// All of what follows belongs to Run.
-	snapshot *snapshot
-	desired  ipvs.Desired
-	services map[types.NamespacedName]*served
-	crossed  map[types.NamespacedName]struct{} // Services that did not get a frontend because another one has it
-	ramping  map[types.NamespacedName]struct{} // Services with a real server in its slow start
-	marks    marks
-	node     NodeView
-	overlaps []string // ServiceCIDRs that have a node's address in them, as last reported
-	network  NetworkView
-	peers    []config.Peer
-	settled  bool
-	adopted  bool // the first pass is over
-	untold   bool // the view of the network has changed since the network was last told
-	stale    bool // the configuration could not be read whole, such as a password
-	pools    goodPools
-	refused  []string                             // why objects of group metallb.io are not in use
-	told     map[types.NamespacedName][]Announced // what the network was last told
-	failures []ipvs.Failure                       // of the last pass
+	snapshot  *snapshot
+	desired   ipvs.Desired
+	services  map[types.NamespacedName]*served
+	crossed   map[types.NamespacedName]struct{} // Services that did not get a frontend because another one has it
+	unbound   map[types.NamespacedName]string   // why a Service's health check port is not bound
+	noLocal   [2]int                            // Services of internal, and of external, traffic policy Local that have endpoints, none of them here
+	ramping   map[types.NamespacedName]struct{} // Services with a real server in its slow start
+	marks     marks
+	node      NodeView
+	overlaps  []string // ServiceCIDRs that have a node's address in them, as last reported
+	network   NetworkView
+	peers     []config.Peer
+	settled   bool
+	adopted   bool // the first pass is over
+	untold    bool // the view of the network has changed since the network was last told
+	stale     bool // the configuration could not be read whole, such as a password
+	pools     goodPools
+	refused   []string                             // why objects of group metallb.io are not in use
+	told      map[types.NamespacedName][]Announced // what the network was last told
+	announced int                                  // how many addresses that is
+	failures  []ipvs.Failure                       // of the last pass
 }
 
 // served is what the agent remembers of a Service.
@@ -147,8 +152,7 @@ type served struct {
 	reported  []netip.Addr                 // addresses for which an event said that this node announces them
 	born      map[netip.AddrPort]time.Time // of each real server, if they start slowly
 	nodePorts map[portOf]bool              // those looked at, and whether a process has them
-	health    bool                         // it has a health check port
-	noLocal   [2]bool                      // internal, external: Translation.NoLocal...
+	noLocal   [2]bool                      // Translation.NoLocalInternal, NoLocalExternal
 }
 
 type portOf struct {
@@ -161,14 +165,16 @@ func NewAgent(o AgentOptions) *Agent {
 	a := &Agent{
 		AgentOptions: o,
 		queries:      make(chan func()),
-		metrics:      newMetrics(),
+		metrics:      newMetrics(o.Inbox),
 		snapshot:     newSnapshot(),
 		services:     map[types.NamespacedName]*served{},
 		crossed:      map[types.NamespacedName]struct{}{},
+		unbound:      map[types.NamespacedName]string{},
 		ramping:      map[types.NamespacedName]struct{}{},
 		marks:        marks{},
 		told:         map[types.NamespacedName][]Announced{},
 	}
+	a.checks = NewHealthChecks(o.Log, func() bool { return a.health.at(time.Now()).live })
 	a.desired.Seed = seed(o.Node)
 	return a
 }
@@ -190,6 +196,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err := a.DataPlane.Prepare(); err != nil {
 		return fmt.Errorf("prepare the kernel: %w", err)
 	}
+	defer a.checks.Close()
 	var membersChanged <-chan struct{}
 	if a.Members != nil {
 		membersChanged = a.Members.Changed()
@@ -238,7 +245,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		switch {
 		case !a.Ready() || a.stale:
 			retry.Reset(retryAfter)
-		case full:
+		case full || len(a.unbound) > 0:
 			retry.Reset(retryForeignAfter)
 		}
 	}
@@ -255,52 +262,50 @@ func every(period time.Duration) (<-chan time.Time, func()) {
 
 // pass takes changes in, brings the kernel and then the network to what is desired.
 func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged, tick bool) error {
+	p := a.begins(changes, full)
 	t := a.snapshot.update(changes)
 	if tick {
 		maps.Copy(t.services, a.ramping)
 	}
 	networkChanged := a.updateViews(ctx, &t, membersChanged) || a.untold
 	a.untold = networkChanged
-	var done []ipvs.Operation
 	a.failures = nil
-	var err error
 	if a.adopted {
-		done, err = a.update(t, networkChanged, full, tick)
+		p.err = a.update(&p, t, networkChanged, tick)
 	} else {
-		done, err = a.begin(t)
+		p.err = a.begin(&p, t)
 	}
-	if err != nil {
-		a.ready.Store(false)
-		return err
+	if p.err != nil {
+		a.ends(p)
+		return p.err
 	}
+	p.failures, p.applied = a.failures, time.Now()
 	for _, f := range a.failures {
 		a.Log.Error("kernel operation failed", "error", f.Err)
 	}
-	a.ready.Store(!slices.ContainsFunc(a.failures, func(f ipvs.Failure) bool { return !errors.Is(f.Err, ipvs.ErrForeign) }))
 	a.report(t.services)
+	a.checkServices(t.services)
 	a.announce(t.services, networkChanged)
-	a.metrics.count(done, a.failures)
-	a.metrics.services.Set(float64(len(a.services)))
-	if len(done) > 0 {
-		a.Log.Info("kernel updated", "operations", len(done), "failed", len(a.failures))
+	p.services, p.announced, p.draining = len(a.services), a.announced, a.desired.Draining()
+	p.noLocalInternal, p.noLocalExternal = a.noLocal[0], a.noLocal[1]
+	a.ends(p)
+	if len(p.ops) > 0 {
+		a.Log.Info("kernel updated", "operations", len(p.ops), "failed", len(a.failures))
 	}
 	return nil
 }
 
 // begin is the first pass. It takes what an earlier process left in the kernel for what there is, and brings the Services in
 // some at a time: what a cluster cannot start without is served first. What nobody wants goes at the end.
-func (a *Agent) begin(t touched) ([]ipvs.Operation, error) {
-	observed, err := a.adopt()
-	if err != nil {
-		return nil, err
+func (a *Agent) begin(p *passed, t touched) (err error) {
+	if p.observed, err = a.adopt(); err != nil {
+		return err
 	}
-	a.desired.Adopt(observed)
+	a.desired.Adopt(p.observed)
 	for name := range a.snapshot.services { // some may have come with a pass that failed
 		t.services[name] = struct{}{}
 	}
-	var done []ipvs.Operation
-	do := func(ops []ipvs.Operation) { done = append(done, a.apply(ops)...) }
-	do(a.desired.ReplaceAll(map[string]ipvs.Wish{nodeOwner: TranslateNode(a.node)}, time.Now()))
+	a.apply(p, a.desired.ReplaceAll(map[string]ipvs.Wish{nodeOwner: TranslateNode(a.node)}, time.Now()))
 	names := slices.SortedFunc(maps.Keys(t.services), a.inOrderOfNeed)
 	for chunk := range slices.Chunk(names, firstChunk) {
 		wishes := map[string]ipvs.Wish{}
@@ -308,11 +313,11 @@ func (a *Agent) begin(t touched) ([]ipvs.Operation, error) {
 			wishes[name.String()] = a.translate(name)
 			a.withdraw(name)
 		}
-		do(a.desired.ReplaceAll(wishes, time.Now()))
+		a.apply(p, a.desired.ReplaceAll(wishes, time.Now()))
 	}
-	do(a.desired.Settle())
+	a.apply(p, a.desired.Settle())
 	a.adopted = true
-	return done, nil
+	return nil
 }
 
 // nodeOwner owns what the kernel holds whatever Services there are.
@@ -334,7 +339,7 @@ func (a *Agent) inOrderOfNeed(m, n types.NamespacedName) int {
 }
 
 // update is every pass but the first.
-func (a *Agent) update(t touched, networkChanged, full, tick bool) ([]ipvs.Operation, error) {
+func (a *Agent) update(p *passed, t touched, networkChanged, tick bool) (err error) {
 	now := time.Now()
 	wishes := map[string]ipvs.Wish{}
 	if t.node {
@@ -343,8 +348,10 @@ func (a *Agent) update(t touched, networkChanged, full, tick bool) ([]ipvs.Opera
 	for name := range t.services {
 		wishes[name.String()] = a.translate(name)
 	}
+	gone := a.desired.Gone
 	ops := a.desired.ReplaceAll(wishes, now)
-	if networkChanged || full {
+	p.drainedGone = a.desired.Gone - gone
+	if networkChanged || p.full {
 		for name := range a.services {
 			t.services[name] = struct{}{}
 		}
@@ -357,25 +364,26 @@ func (a *Agent) update(t touched, networkChanged, full, tick bool) ([]ipvs.Opera
 		a.tell()
 	}
 	if tick {
-		ended, err := a.endDrains(now)
+		ended, err := a.endDrains(p, now)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		ops = append(ops, ended...)
 	}
-	if full {
-		observed, err := a.adopt()
-		if err != nil {
-			return nil, err
+	p.expected = ops
+	if p.full {
+		if p.observed, err = a.adopt(); err != nil {
+			return err
 		}
-		ops = a.desired.Repair(observed)
+		ops = a.desired.Repair(p.observed)
 	}
-	return a.apply(ops), nil
+	a.apply(p, ops)
+	return nil
 }
 
 // endDrains removes real servers that have drained. It comes at a tick, not when they begin to: a connection may be on
 // its way to one until the kernel knows that it has weight 0.
-func (a *Agent) endDrains(now time.Time) ([]ipvs.Operation, error) {
+func (a *Agent) endDrains(p *passed, now time.Time) ([]ipvs.Operation, error) {
 	if a.desired.Draining() == 0 {
 		return nil, nil
 	}
@@ -383,12 +391,13 @@ func (a *Agent) endDrains(now time.Time) ([]ipvs.Operation, error) {
 	if err != nil {
 		return nil, fmt.Errorf("count the connections of real servers that drain: %w", err)
 	}
-	ops, _ := a.desired.EndDrains(now, connections)
+	ops, why := a.desired.EndDrains(now, connections)
+	p.drainedEmpty, p.drainedTimeout = why.Empty, why.Timeout
 	return ops, nil
 }
 
-// apply does operations, and notes those that fail.
-func (a *Agent) apply(ops []ipvs.Operation) []ipvs.Operation {
+// apply does operations of a pass, and notes those that fail.
+func (a *Agent) apply(p *passed, ops []ipvs.Operation) {
 	if a.Log.Enabled(context.Background(), slog.LevelDebug) {
 		for _, o := range ops {
 			a.Log.Debug("apply", "operation", o.String())
@@ -396,8 +405,8 @@ func (a *Agent) apply(ops []ipvs.Operation) []ipvs.Operation {
 	}
 	if len(ops) > 0 {
 		a.failures = append(a.failures, a.DataPlane.Apply(ops)...)
+		p.ops = append(p.ops, ops...)
 	}
-	return ops
 }
 
 // adopt reads what is ours in the kernel, and first mends what all Services share: somebody may have flushed nftables.
@@ -418,8 +427,12 @@ func (a *Agent) adopt() (ipvs.State, error) {
 // network's did. If the node's view is a different one, every Service is touched.
 func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool) (networkChanged bool) {
 	if t.nodes {
+		a.health.nodeEligible(eligible(a.snapshot.nodes[types.NamespacedName{Name: a.Node}]))
 		if node := a.nodeView(); !reflect.DeepEqual(node, a.node) {
 			a.node, t.node = node, true
+			if len(a.Config.NodePortAddresses) > 0 || a.Config.NodePortPrimary {
+				_ = a.checks.Addresses(node.NodePortAddrs) // checkServices comes upon what cannot be bound
+			}
 			for name := range a.snapshot.services {
 				t.services[name] = struct{}{}
 			}
@@ -642,6 +655,7 @@ func (a *Agent) updateConfig(ctx context.Context) {
 func (a *Agent) translate(name types.NamespacedName) ipvs.Wish {
 	svc := a.snapshot.services[name]
 	if svc == nil {
+		a.countNoLocal(a.services[name], Translation{})
 		delete(a.services, name)
 		delete(a.ramping, name)
 		a.marks.release(name)
@@ -675,7 +689,23 @@ func (a *Agent) translate(name types.NamespacedName) ipvs.Wish {
 	t := Translate(svc, a.snapshot.slicesOf(name), a.node, terms)
 	s.found = slices.Concat(problems, t.Problems, a.takenPorts(svc, s))
 	s.reach = t.Reach
+	a.countNoLocal(s, t)
 	return t.Wish
+}
+
+// countNoLocal counts a Service among those without an endpoint here, as its new translation says.
+func (a *Agent) countNoLocal(s *served, t Translation) {
+	if s == nil {
+		return
+	}
+	for i, now := range [2]bool{t.NoLocalInternal, t.NoLocalExternal} {
+		if now && !s.noLocal[i] {
+			a.noLocal[i]++
+		} else if !now && s.noLocal[i] {
+			a.noLocal[i]--
+		}
+		s.noLocal[i] = now
+	}
 }
 
 // age tells how long real servers of a Service have been there, and notes in born since when. Those of a Service that is
@@ -877,7 +907,7 @@ func (a *Agent) tell() {
 	addrs, routes := onTheWire(a.Node, all)
 	a.Layer2.Set(addrs)
 	a.Speaker.Set(a.speakerConfig(routes))
-	a.metrics.announced.Set(float64(len(all)))
+	a.announced = len(all)
 }
 
 // speakerConfig is the sessions and routes of this node. A peer gets routes of the family of its own address, and of the

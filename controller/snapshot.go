@@ -36,6 +36,7 @@ type Object interface {
 type Inbox struct {
 	mu      sync.Mutex
 	pending map[inboxKey]change
+	last    time.Time // when the last change arrived
 	poke    chan struct{}
 	synced  bool
 }
@@ -49,7 +50,7 @@ type change struct {
 	object  Object
 	slice   *endpointSlice // in the place of object, if that is an EndpointSlice
 	deleted bool
-	arrived time.Time
+	arrived time.Time // the first of the changes that came together
 }
 
 // NewInbox returns an empty inbox.
@@ -67,6 +68,10 @@ func (b *Inbox) add(o Object, deleted bool) {
 	key, c := newChange(o, deleted)
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.last = c.arrived
+	if before, ok := b.pending[key]; ok {
+		c.arrived = before.arrived
+	}
 	b.pending[key] = c
 	b.signal()
 }
@@ -80,11 +85,16 @@ func newChange(o Object, deleted bool) (inboxKey, change) {
 	return key, c
 }
 
-// Synced says that all objects there were at the start have arrived. Loops change nothing before that.
+// Synced says that all objects there were at the start have arrived. Loops change nothing before that, so they count as
+// arrived now.
 func (b *Inbox) Synced() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.synced = true
+	for key, c := range b.pending {
+		c.arrived = time.Now()
+		b.pending[key] = c
+	}
 	b.signal()
 }
 

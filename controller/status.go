@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"maps"
 	"net"
 	"net/http"
@@ -106,6 +105,9 @@ func (a *Agent) status() Status {
 			s.Problems = append(s.Problems, fmt.Sprintf("Service %s: has no address yet", name))
 		}
 	}
+	for _, name := range slices.SortedFunc(maps.Keys(a.unbound), compareNames) {
+		s.Problems = append(s.Problems, a.unbound[name])
+	}
 	s.Problems = append(s.Problems, a.refused...)
 	s.Problems = append(s.Problems, a.overlaps...)
 	for _, f := range a.failures {
@@ -182,25 +184,6 @@ func (a *Agent) ServeStatus(ctx context.Context, socket string) error {
 		}
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(status)
-	})
-	return serve(ctx, listener, mux)
-}
-
-// ServeHealth answers /healthz (all that is desired is in the kernel) and /livez (the process answers) until ctx ends.
-func (a *Agent) ServeHealth(ctx context.Context, address string, log *slog.Logger) error {
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		return fmt.Errorf("health address: %w", err)
-	}
-	log.Info("serving health", "address", listener.Addr().String())
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok\n") })
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		if !a.Ready() {
-			http.Error(w, "not everything desired is in the kernel", http.StatusServiceUnavailable)
-			return
-		}
-		_, _ = io.WriteString(w, "ok\n")
 	})
 	return serve(ctx, listener, mux)
 }

@@ -77,10 +77,7 @@ type Translation struct {
 	// Reach is the nodes with a ready endpoint, by family. Of a Service whose external traffic may go to every node it is
 	// every node (AnyNode) as soon as there is one endpoint anywhere.
 	Reach map[corev1.IPFamily]map[string]bool
-	// HealthCheckPort is the node port of the Service's health check, 0 if it has none, and LocalEndpoints what is told there.
-	HealthCheckPort uint16
-	LocalEndpoints  int
-	// NoLocal tells that traffic of policy Local finds no endpoint on this node, though there are some elsewhere.
+	// NoLocalInternal and NoLocalExternal tell that traffic of policy Local finds no endpoint on this node, though there are some elsewhere.
 	NoLocalInternal, NoLocalExternal bool
 }
 
@@ -115,10 +112,6 @@ func Translate(svc *corev1.Service, endpointSlices []*endpointSlice, n NodeView,
 		for _, family := range t.families {
 			t.serve(port, protocol, family, choose(candidates(endpointSlices, port, family), n, svc.Spec.PublishNotReadyAddresses))
 		}
-	}
-	if t.externalLocal && svc.Spec.Type == corev1.ServiceTypeLoadBalancer {
-		t.HealthCheckPort = uint16(svc.Spec.HealthCheckNodePort)
-		t.LocalEndpoints = localReady(endpointSlices, n.Name, t.families)
 	}
 	return t.Translation
 }
@@ -327,19 +320,6 @@ func (t *translation) reach(family corev1.IPFamily, c chosen) {
 			t.Reach[family][AnyNode] = true
 		}
 	}
-}
-
-// localReady is how many ready endpoints of a Service are on a node, in the first of its families.
-func localReady(from []*endpointSlice, node string, families []corev1.IPFamily) int {
-	ready := map[netip.Addr]bool{}
-	for _, s := range from {
-		for i := range s.endpoints {
-			if e := &s.endpoints[i]; s.family == families[0] && e.ready && e.node == node {
-				ready[e.addr] = true
-			}
-		}
-	}
-	return len(ready)
 }
 
 func affinitySeconds(svc *corev1.Service) uint32 {

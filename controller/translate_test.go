@@ -113,8 +113,8 @@ func translateAll(t *testing.T, text []byte, desired *ipvs.Desired, lastGood map
 			problems = append(problems, Problem{"FrontendConflict", c.Frontend.String() + " belongs to " + c.Holder})
 		}
 		print(ops, problems)
-		if p := translated.HealthCheckPort; p != 0 {
-			fmt.Fprintf(&out, "# health check port %d: %d local endpoints\n", p, translated.LocalEndpoints)
+		if p, local := healthCheckOf(svc, s.slicesOf(nameOf(svc)), node.Name); p != 0 {
+			fmt.Fprintf(&out, "# health check port %d: %d local endpoints\n", p, local)
 		}
 	}
 	for owner := range lastGood {

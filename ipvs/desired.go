@@ -32,6 +32,8 @@ type Desired struct {
 	// Seed, if it is not 0, gives the order in which real servers are added, so that not every node begins with the
 	// same one. Those of scheduler mh always come in the order of their addresses: its table depends on that.
 	Seed uint32
+	// Gone is how many real servers were still draining when their virtual server went.
+	Gone int
 
 	wishes   map[string]wish
 	claims   map[Frontend][]string // owners that ask for a frontend, in the order they came
@@ -128,6 +130,7 @@ func (d *Desired) ReplaceAll(wishes map[string]Wish, now time.Time) []Operation 
 func (d *Desired) drainWhatLeaves(f Frontend, had map[netip.AddrPort]RealServer, now time.Time) {
 	s, limit := d.holder(f)
 	if s == nil {
+		d.Gone += len(d.drains[f])
 		delete(d.drains, f)
 		return
 	}
@@ -204,7 +207,9 @@ type leftover struct {
 // Adopt takes what the kernel holds for the state that the first wishes are compared with. What of it they do not
 // mention stays until [Desired.Settle].
 func (d *Desired) Adopt(observed State) {
-	d.leftover = leftover{State: observed, elements: map[Frontend][]Element{}}
+	d.leftover = leftover{elements: map[Frontend][]Element{}, State: State{
+		VirtualServers: maps.Clone(observed.VirtualServers), RealServers: maps.Clone(observed.RealServers), Routes: maps.Clone(observed.Routes),
+	}}
 	d.leftover.Elements = map[Element]struct{}{}
 	for e := range observed.Elements {
 		if e.OfFrontend() {
