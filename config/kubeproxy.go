@@ -92,13 +92,12 @@ func fromKubeProxy(c *v1alpha1.KubeProxyConfiguration, m *mistakes, odd map[stri
 	nodePorts(c, &f, m, odd)
 	pods(c, &f, m, odd)
 
-	const modes = "iptables ipvs nftables"
 	switch c.Mode {
 	case "", "ipvs":
 	case "iptables", "nftables":
 		odd["mode"] = "longshore always serves with IPVS"
 	default:
-		m.add("mode", string(c.Mode), "choose one of %s", modes)
+		m.add("mode", string(c.Mode), "choose one of iptables ipvs nftables")
 	}
 	f.MasqueradeAll = c.IPTables.MasqueradeAll
 	odd["nftables.masqueradeAll"] = "is for mode nftables; here it is iptables.masqueradeAll"
