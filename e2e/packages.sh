@@ -20,6 +20,10 @@ need /usr/lib/frr/bgpd frr
 need bird bird2
 need nsenter util-linux
 need curl curl
+# What kube-proxy runs.
+need ipset ipset
+need iptables iptables
+need conntrack conntrack
 
 # The lab's kernel comes from a package too.
 lists=yes

@@ -1,5 +1,5 @@
 // Build makes the programs that the lab runs beside longshore: etcd, kube-apiserver, kube-controller-manager,
-// kubectl and helm. Run it from the repository's root: go run ./e2e/build
+// kube-proxy, kubectl and helm. Run it from the repository's root: go run ./e2e/build
 package main
 
 import (

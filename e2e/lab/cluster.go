@@ -23,7 +23,7 @@ import (
 type Cluster struct {
 	lab     *Lab
 	plane   *controlPlane
-	kubelet *kubelet
+	kubelet *kubelet // nil after StartAPI
 	dynamic dynamic.Interface
 	mapper  *restmapper.DeferredDiscoveryRESTMapper
 }
@@ -38,11 +38,10 @@ func (l *Lab) StartCluster(ctx context.Context) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Cluster{lab: l, plane: plane}
-	if c.dynamic, err = dynamic.NewForConfig(plane.admin); err != nil {
+	c, err := l.newCluster(plane)
+	if err != nil {
 		return nil, err
 	}
-	c.mapper = restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(plane.client.Discovery()))
 	if c.kubelet, err = startKubelet(ctx, l, plane); err != nil {
 		return nil, err
 	}
@@ -50,8 +49,42 @@ func (l *Lab) StartCluster(ctx context.Context) (*Cluster, error) {
 	return c, nil
 }
 
+// StartAPI starts a cluster that is an API server and nothing else: no controllers, no kubelets, so no pods. The nodes
+// given are registered as Ready and stay so. It is for who makes all objects himself and lets nothing else use the
+// processor. The cluster ends with the lab.
+func (l *Lab) StartAPI(ctx context.Context, nodes ...*Node) (*Cluster, error) {
+	if l.cluster != nil {
+		return nil, errors.New("the lab has a cluster already")
+	}
+	plane, err := l.startAPI(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range nodes {
+		if err := n.register(ctx, plane.client); err != nil {
+			return nil, fmt.Errorf("register %s: %w", n.Name, err)
+		}
+	}
+	l.cluster, err = l.newCluster(plane)
+	return l.cluster, err
+}
+
+func (l *Lab) newCluster(plane *controlPlane) (*Cluster, error) {
+	c := &Cluster{lab: l, plane: plane}
+	var err error
+	if c.dynamic, err = dynamic.NewForConfig(plane.admin); err != nil {
+		return nil, err
+	}
+	c.mapper = restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(plane.client.Discovery()))
+	return c, nil
+}
+
 // stop ends what this process does for the cluster; the programs end with the namespaces.
-func (c *Cluster) stop() { c.kubelet.stop() }
+func (c *Cluster) stop() {
+	if c.kubelet != nil {
+		c.kubelet.stop()
+	}
+}
 
 // Err is why a program of the control plane has ended, with its last lines; nil while all run.
 func (c *Cluster) Err() error { return c.plane.died() }

@@ -49,14 +49,8 @@ type controlPlane struct {
 
 // startControlPlane starts the programs and returns when the API server is ready and the default account exists.
 func (l *Lab) startControlPlane(ctx context.Context) (*controlPlane, error) {
-	p := &controlPlane{host: l.API, folder: l.state}
-	if err := p.makeKeys(); err != nil {
-		return nil, fmt.Errorf("keys of the control plane: %w", err)
-	}
-	if err := errors.Join(p.start(p.etcd()), p.start(p.apiserver())); err != nil {
-		return nil, err
-	}
-	if err := p.await(ctx, "API server ready", p.ready); err != nil {
+	p, err := l.startAPI(ctx)
+	if err != nil {
 		return nil, err
 	}
 	// Only now: kube-controller-manager gives up when it sees no API server for 10 s.
@@ -64,6 +58,18 @@ func (l *Lab) startControlPlane(ctx context.Context) (*controlPlane, error) {
 		return nil, err
 	}
 	return p, p.await(ctx, "service account default/default", p.defaultAccount)
+}
+
+// startAPI starts etcd and kube-apiserver and returns when the latter is ready.
+func (l *Lab) startAPI(ctx context.Context) (*controlPlane, error) {
+	p := &controlPlane{host: l.API, folder: l.state}
+	if err := p.makeKeys(); err != nil {
+		return nil, fmt.Errorf("keys of the control plane: %w", err)
+	}
+	if err := errors.Join(p.start(p.etcd()), p.start(p.apiserver())); err != nil {
+		return nil, err
+	}
+	return p, p.await(ctx, "API server ready", p.ready)
 }
 
 func (p *controlPlane) start(e Exec) error {

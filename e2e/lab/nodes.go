@@ -101,7 +101,7 @@ func (n *Node) Boot() error {
 	*n.Host = *fresh.Host
 	n.alive, n.die = fresh.alive, fresh.die
 	n.mu.Unlock()
-	if l.cluster != nil {
+	if l.cluster != nil && l.cluster.kubelet != nil {
 		l.cluster.kubelet.adopt(n)
 	}
 	return nil
@@ -117,8 +117,13 @@ func (n *Node) scrap() error {
 	if err := n.Link.far.kernel.LinkDel(n.Link.farLink); err != nil {
 		return err
 	}
+	n.release() // an open handle would keep the namespace and its tables
 	return removeNamespace(n.path())
 }
+
+// AddPod makes a pod that no API server knows and no kubelet looks after: a host with the node's next free addresses. It
+// goes when the node is booted again.
+func (n *Node) AddPod(name string) (*Host, error) { return n.addPod(name) }
 
 // addPod makes the namespace of a pod and gives it the node's next free addresses.
 func (n *Node) addPod(name string) (*Host, error) {

@@ -25,6 +25,7 @@ var tools = []tool{
 	{"etcd", "go.etcd.io/etcd/server/v3"},
 	{"kubectl", "k8s.io/kubernetes/cmd/kubectl"},
 	{"helm", "helm.sh/helm/v3/cmd/helm"},
+	{"kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy"},
 	{"kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager"},
 	{"kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"},
 }
@@ -122,6 +123,9 @@ func (t tool) build(ctx context.Context, source, file, stamp string) error {
 	}
 	return os.WriteFile(file+".stamp", []byte(stamp), 0o644)
 }
+
+// Program is the file of a program that [Build] has built: etcd, kubectl, helm, kube-proxy ...
+func Program(name string) (string, error) { return program(name) }
 
 // program finds a program that Build has built.
 func program(name string) (string, error) {

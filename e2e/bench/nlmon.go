@@ -1,0 +1,98 @@
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync/atomic"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/longshore-lb/longshore/e2e/lab"
+)
+
+// counter counts the netlink messages that programs of a node send to the kernel, whoever they are: the kernel's device
+// nlmon hands a copy of each to a packet socket (drivers/net/nlmon.c).
+type counter struct {
+	fd       int
+	messages int
+	stopping atomic.Bool
+	done     chan error
+}
+
+// countNetlink starts to count; this program must not use netlink on the node until count is called.
+func countNetlink(n *lab.Node) (*counter, error) {
+	c := &counter{done: make(chan error, 1)}
+	err := n.Do(func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "nlmon0"
+		if err := netlink.LinkAdd(&netlink.GenericLink{LinkAttrs: attrs, LinkType: "nlmon"}); err != nil && !errors.Is(err, unix.EEXIST) {
+			return err
+		}
+		link, err := netlink.LinkByName(attrs.Name)
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetUp(link); err != nil {
+			return err
+		}
+		protocol := binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, unix.ETH_P_ALL))
+		if c.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, int(protocol)); err != nil {
+			return err
+		}
+		return errors.Join(
+			unix.Bind(c.fd, &unix.SockaddrLinklayer{Protocol: protocol, Ifindex: link.Attrs().Index}),
+			unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 128<<20),
+			unix.SetsockoptTimeval(c.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 200_000}),
+		)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("count netlink messages on %s: %w", n.Name, err)
+	}
+	go func() { c.done <- c.read() }()
+	return c, nil
+}
+
+func (c *counter) read() error {
+	buffer := make([]byte, 1<<20)
+	for !c.stopping.Load() {
+		n, from, err := unix.Recvfrom(c.fd, buffer, 0)
+		switch to, ok := from.(*unix.SockaddrLinklayer); {
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+		case err != nil:
+			return err
+		case ok && to.Pkttype == unix.PACKET_KERNEL:
+			c.messages += countMessages(buffer[:n])
+		}
+	}
+	return nil
+}
+
+// countMessages counts the messages of one packet (struct nlmsghdr, netlink(7)).
+func countMessages(packet []byte) (count int) {
+	for len(packet) >= unix.NLMSG_HDRLEN {
+		count++
+		length := (int(binary.NativeEndian.Uint32(packet)) + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1)
+		if length < unix.NLMSG_HDRLEN || length > len(packet) {
+			return count
+		}
+		packet = packet[length:]
+	}
+	return count
+}
+
+// count ends the counting. What the socket had no room for is an error.
+func (c *counter) count() (int, error) {
+	c.stopping.Store(true)
+	err := <-c.done
+	stats, statsErr := unix.GetsockoptTpacketStats(c.fd, unix.SOL_PACKET, unix.PACKET_STATISTICS)
+	unix.Close(c.fd)
+	if err := errors.Join(err, statsErr); err != nil {
+		return 0, fmt.Errorf("count netlink messages: %w", err)
+	}
+	if stats.Drops > 0 {
+		return 0, fmt.Errorf("count netlink messages: %d packets were lost", stats.Drops)
+	}
+	return c.messages, nil
+}

@@ -1,0 +1,87 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// rolling replaces every endpoint of up to 100 Services, some of each Service at a time, while a pod asks Service 0
+// without a break. Pods that are replaced go on to answer.
+func (b *bench) rolling(ctx context.Context, r *running) error {
+	services := min(100, b.load.size())
+	changes := services * perService
+	pod, err := b.node().AddPod(fmt.Sprintf("client-%d", b.starts))
+	if err != nil {
+		return err
+	}
+	before, err := r.metrics(ctx)
+	if err != nil {
+		return err
+	}
+	counted, err := countNetlink(b.node())
+	if err != nil {
+		return err
+	}
+	cpu, err := r.cpu()
+	if err != nil {
+		return err
+	}
+	asking := ask(pod, target())
+	began := time.Now()
+	err = b.replaceAll(ctx, services)
+	var at time.Time
+	if err == nil {
+		limited, cancel := context.WithTimeout(ctx, b.changeLimit)
+		at, err = awaitAll(limited, r.plane, b.load.pairs())
+		cancel()
+	}
+	asked, lost := asking.stop()
+	messages, countErr := counted.count()
+	if err != nil {
+		return err
+	}
+	used, err := r.cpu()
+	if err != nil {
+		return err
+	}
+	after, err := r.metrics(ctx)
+	if err != nil {
+		return err
+	}
+	name := func(what string) string { return fmt.Sprintf("rolling-%d-%s", changes, what) }
+	b.report.add(figure{name: name("time"), proxy: r.name, value: seconds(at.Sub(began)), unit: "s"})
+	b.report.add(figure{name: name("cpu"), proxy: r.name, value: seconds(used - cpu), unit: "s"})
+	fmt.Printf("      %d requests, %d lost\n", asked, lost)
+	b.report.add(figure{name: name("requests-lost"), proxy: r.name, value: float64(lost), unit: fmt.Sprintf("of about %s", number(float64(asked)))})
+	if r.name == ours {
+		const metric = "longshore_kernel_operations_total"
+		b.report.add(figure{name: name("kernel-operations"), proxy: ours, value: after[metric] - before[metric], unit: "operations"})
+		b.report.add(figure{name: name("kernel-operations"), proxy: "minimum", value: float64(2 * changes), unit: "operations"})
+	}
+	if countErr != nil {
+		return countErr
+	}
+	b.report.add(figure{name: name("netlink"), proxy: r.name, value: float64(messages), unit: "messages"})
+	return nil
+}
+
+// replaceAll replaces all endpoints of the first Services, round by round, four writes at a time.
+func (b *bench) replaceAll(ctx context.Context, services int) error {
+	for from := 0; from < perService; from += b.options.step {
+		group, ctx := errgroup.WithContext(ctx)
+		group.SetLimit(4)
+		for s := range services {
+			group.Go(func() error {
+				_, err := b.load.replace(ctx, s, from, min(from+b.options.step, perService))
+				return err
+			})
+		}
+		if err := group.Wait(); err != nil {
+			return err
+		}
+	}
+	return nil
+}

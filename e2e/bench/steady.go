@@ -1,0 +1,50 @@
+package main
+
+import (
+	"context"
+	"fmt"
+)
+
+// memory is the proxy's resident memory some time after its cold start.
+func (b *bench) memory(ctx context.Context, r *running) error {
+	if err := pause(ctx, b.settle); err != nil {
+		return err
+	}
+	mib, err := r.resident()
+	if err != nil {
+		return err
+	}
+	b.report.add(figure{name: b.name(memory, ""), proxy: r.name, value: mib, unit: "MiB"})
+	return nil
+}
+
+// watchIdle is what the proxy does while nothing changes.
+func (b *bench) watchIdle(ctx context.Context, r *running) error {
+	if err := quiet(ctx); err != nil {
+		return err
+	}
+	counted, err := countNetlink(b.node())
+	if err != nil {
+		return err
+	}
+	before, err := r.cpu()
+	if err != nil {
+		return err
+	}
+	paused := pause(ctx, b.options.idle)
+	messages, countErr := counted.count()
+	if paused != nil {
+		return paused
+	}
+	after, err := r.cpu()
+	if err != nil {
+		return err
+	}
+	during := fmt.Sprintf("in %v", b.options.idle)
+	b.report.add(figure{name: b.name(idle, "cpu"), proxy: r.name, value: seconds(after - before), unit: "s " + during})
+	if countErr != nil {
+		return countErr
+	}
+	b.report.add(figure{name: b.name(idle, "netlink"), proxy: r.name, value: float64(messages), unit: "messages " + during})
+	return nil
+}
