@@ -8,7 +8,7 @@ LINT    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.11.4
 export CGO_ENABLED = 0
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: build test demo lint generate clean packages lab
+.PHONY: build test demo bench lint generate clean packages lab
 
 # build: bin/longshore, the one static program
 build:
@@ -23,7 +23,16 @@ demo: lab
 	@$(GO) build -o bin/demo ./e2e/demo
 	@KEEP=$(KEEP) bin/inlab -- bin/demo
 
-# lab: what test and demo need
+# bench: longshore's Service proxy beside kube-proxy, into docs/benchmarks.md; about an hour. SIZES=1000,3000 and
+# ONLY=coldstart,change choose, BENCH has further flags of e2e/bench: what is not the whole run goes to bin/benchmark only
+bench: lab
+	@$(GO) build -o bin/bench ./e2e/bench
+	@bin/inlab -out bin/benchmark -- bin/bench -commit "$(VERSION)" \
+		-machine "$$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)" \
+		$(if $(SIZES),-sizes $(SIZES)) $(if $(ONLY),-only $(ONLY)) $(BENCH)
+	@$(if $(SIZES)$(ONLY)$(BENCH),,cp bin/benchmark/benchmarks.md docs/benchmarks.md)
+
+# lab: what test, demo and bench need
 lab: packages build
 	@$(GO) build -o bin/inlab ./e2e/inlab
 	@$(GO) run ./e2e/build

@@ -1,5 +1,5 @@
 // Package e2e puts longshore into a lab and shows what it does there, with real packets against a real API server and
-// real routers: the scenarios are its tests, the demo is package e2e/demo.
+// real routers: the scenarios are its tests, the demo is package e2e/demo, the benchmark e2e/bench.
 //
 // Folders: lab is the machines, the network, the control plane and the peers; kernel and inlab find or boot a kernel
 // with IPVS; controlplane pins the programs that run beside longshore, and build builds them.

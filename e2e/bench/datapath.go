@@ -56,19 +56,35 @@ func request(to netip.AddrPort) (time.Duration, error) {
 		return 0, err
 	}
 	began := time.Now()
-	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}); err != nil {
+	server := &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}
+	err = uninterrupted(func() error { return unix.Connect(fd, server) })
+	if err != nil && !errors.Is(err, unix.EISCONN) { // so it says when it was interrupted in between
 		return 0, err
 	}
 	took := time.Since(began)
 	var b [1]byte
-	n, err := unix.Read(fd, b[:])
+	var n int
+	err = uninterrupted(func() (err error) {
+		n, err = unix.Read(fd, b[:])
+		return err
+	})
 	if err == nil && n == 0 {
 		err = errors.New("the connection ended without an answer")
 	}
 	return took, err
 }
 
-// asker asks a Service without a break.
+// uninterrupted calls f again as long as a signal ends it: Go's scheduler sends some, and a socket with a timeout does not
+// go on by itself (signal(7)).
+func uninterrupted(f func() error) error {
+	for {
+		if err := f(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
+// asker asks a Service again and again, with a little time between: it is not to take the processor from the others.
 type asker struct {
 	end         atomic.Bool
 	done        chan struct{}
@@ -86,6 +102,7 @@ func ask(from *lab.Host, to netip.AddrPort) *asker {
 				if err != nil {
 					a.lost++
 				}
+				time.Sleep(10 * time.Millisecond)
 			}
 			return nil
 		})
@@ -116,7 +133,7 @@ func (b *bench) connections(ctx context.Context, r *running, what string, from *
 	var mu sync.Mutex
 	var took []time.Duration
 	var failed []error
-	client := func(until time.Time) error {
+	client := func(until time.Time) {
 		var mine []time.Duration
 		var errs []error
 		for time.Now().Before(until) && ctx.Err() == nil {
@@ -130,14 +147,23 @@ func (b *bench) connections(ctx context.Context, r *running, what string, from *
 		mu.Lock()
 		defer mu.Unlock()
 		took, failed = append(took, mine...), append(failed, errs...)
-		return nil
 	}
 	for _, length := range []time.Duration{b.connect / 10, b.connect} { // the first is to get warm
 		took, failed = nil, nil
 		began := time.Now()
 		var clients sync.WaitGroup
 		for range 2 {
-			clients.Go(func() { _ = from.Do(func() error { return client(began.Add(length)) }) })
+			clients.Go(func() {
+				err := from.Do(func() error {
+					client(began.Add(length))
+					return nil
+				})
+				if err != nil {
+					mu.Lock()
+					defer mu.Unlock()
+					failed = append(failed, err)
+				}
+			})
 		}
 		clients.Wait()
 	}

@@ -9,7 +9,7 @@ import (
 )
 
 // rolling replaces every endpoint of up to 100 Services, some of each Service at a time, while a pod asks Service 0
-// without a break. Pods that are replaced go on to answer.
+// again and again. Pods that are replaced go on to answer.
 func (b *bench) rolling(ctx context.Context, r *running) error {
 	services := min(100, b.load.size())
 	changes := services * perService
