@@ -388,3 +388,23 @@ func TestMetricsDocumented(t *testing.T) {
 		t.Errorf("docs/operations.md (-registered +documented):\n%s", diff)
 	}
 }
+
+// TestMetricsAfterRestart starts an agent on a kernel that has everything already.
+func TestMetricsAfterRestart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMachine(t, "n1")
+		for _, when := range []string{"at the first start", "at the second start"} {
+			inbox := NewInbox()
+			a := m.start(inbox, nil)
+			site(t, inbox)
+			putAll(t, inbox, service("web", "192.0.2.1", 80, "")+"---"+endpoints("web", true)+"---"+service("idle", "192.0.2.2", 80, ""))
+			inbox.Synced()
+			synctest.Wait()
+			all := scrape(t, a.metrics)
+			a.stop()
+			if got := [2]string{all["longshore_virtual_servers"], all["longshore_real_servers"]}; got != [2]string{"2", "1"} {
+				t.Errorf("%s: %s virtual servers and %s real servers counted, want 2 and 1", when, got[0], got[1])
+			}
+		}
+	})
+}
