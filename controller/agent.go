@@ -289,8 +289,8 @@ func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged
 	p.services, p.announced, p.draining = len(a.services), a.announced, a.desired.Draining()
 	p.noLocalInternal, p.noLocalExternal = a.noLocal[0], a.noLocal[1]
 	a.ends(p)
-	if len(p.ops) > 0 {
-		a.Log.Info("kernel updated", "operations", len(p.ops), "failed", len(a.failures))
+	if p.operations > 0 {
+		a.Log.Info("kernel updated", "operations", p.operations, "failed", len(a.failures))
 	}
 	return nil
 }
@@ -305,7 +305,14 @@ func (a *Agent) begin(p *passed, t touched) (err error) {
 	for name := range a.snapshot.services { // some may have come with a pass that failed
 		t.services[name] = struct{}{}
 	}
-	a.apply(p, a.desired.ReplaceAll(map[string]ipvs.Wish{nodeOwner: TranslateNode(a.node)}, time.Now()))
+	step := func(ops []ipvs.Operation) { // counted at once: all of them together are much memory
+		failed := len(a.failures)
+		a.apply(p, ops)
+		a.metrics.count(p.ops, a.failures[failed:])
+		p.operations, p.ops = p.operations+len(p.ops), nil
+	}
+	a.metrics.found(p.observed)
+	step(a.desired.ReplaceAll(map[string]ipvs.Wish{nodeOwner: TranslateNode(a.node)}, time.Now()))
 	names := slices.SortedFunc(maps.Keys(t.services), a.inOrderOfNeed)
 	for chunk := range slices.Chunk(names, firstChunk) {
 		wishes := map[string]ipvs.Wish{}
@@ -313,9 +320,9 @@ func (a *Agent) begin(p *passed, t touched) (err error) {
 			wishes[name.String()] = a.translate(name)
 			a.withdraw(name)
 		}
-		a.apply(p, a.desired.ReplaceAll(wishes, time.Now()))
+		step(a.desired.ReplaceAll(wishes, time.Now()))
 	}
-	a.apply(p, a.desired.Settle())
+	step(a.desired.Settle())
 	a.adopted = true
 	return nil
 }
@@ -376,8 +383,11 @@ func (a *Agent) update(p *passed, t touched, networkChanged, tick bool) (err err
 			return err
 		}
 		ops = a.desired.Repair(p.observed)
+		a.metrics.found(p.observed)
 	}
 	a.apply(p, ops)
+	a.metrics.count(p.ops, a.failures)
+	p.operations = len(p.ops)
 	return nil
 }
 

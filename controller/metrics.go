@@ -63,8 +63,10 @@ type passed struct {
 	observed ipvs.State       // what it found there, if full
 	err      error            // why it ended before it changed the kernel; nil = it did not
 	expected []ipvs.Operation // follow from the changes
-	ops      []ipvs.Operation // were tried: those expected or, if full, all that observed lacked
-	failures []ipvs.Failure   // of ops
+	ops      []ipvs.Operation // were tried: those expected or, if full, all that observed lacked; not those of the first pass
+	failures []ipvs.Failure   // of all
+
+	operations int // how many were tried
 
 	// How it is afterwards.
 	services, announced                       int
@@ -239,13 +241,8 @@ func (m *metrics) passed(p passed) {
 	if p.whole() {
 		m.lastSync.Set(unixSeconds(p.ended))
 	}
-	failed := map[ipvs.Operation]bool{}
-	for _, f := range p.failures {
-		failed[f.Operation] = true
-	}
-	m.count(p, failed)
 	if p.full {
-		m.countRepairs(p, failed)
+		m.countRepairs(p)
 		clear(m.open)
 	}
 	foreign := map[ipvs.Frontend]struct{}{}
@@ -295,18 +292,30 @@ func (m *metrics) takeIn(changes []change) {
 	}
 }
 
-// count counts the operations of a pass, and the servers that are in the kernel after it.
-func (m *metrics) count(p passed, failed map[ipvs.Operation]bool) {
-	if p.full {
-		clear(m.servers)
-		m.reals = 0
-		for f := range p.observed.VirtualServers {
-			m.servers[f] = len(p.observed.RealServers[f])
-			m.reals += m.servers[f]
-		}
+// found takes what was observed in the kernel for what is there.
+func (m *metrics) found(observed ipvs.State) {
+	clear(m.servers)
+	m.reals = 0
+	for f := range observed.VirtualServers {
+		m.servers[f] = len(observed.RealServers[f])
+		m.reals += m.servers[f]
 	}
+}
+
+// failedOf is the operations that failed.
+func failedOf(failures []ipvs.Failure) map[ipvs.Operation]bool {
+	failed := make(map[ipvs.Operation]bool, len(failures))
+	for _, f := range failures {
+		failed[f.Operation] = true
+	}
+	return failed
+}
+
+// count counts operations that were tried, and the servers that are in the kernel after them.
+func (m *metrics) count(ops []ipvs.Operation, failures []ipvs.Failure) {
+	failed := failedOf(failures)
 	times := map[[3]string]int{}
-	for _, o := range p.ops {
+	for _, o := range ops {
 		result := "ok"
 		if len(failed) > 0 && failed[o] {
 			result = "failed"
@@ -342,7 +351,7 @@ func (m *metrics) countServer(o ipvs.Operation) {
 
 // countRepairs counts what a full pass changed although no change of objects and no earlier failure asked for it. The
 // first one makes the kernel what it should be, which is no repair.
-func (m *metrics) countRepairs(p passed, failed map[ipvs.Operation]bool) {
+func (m *metrics) countRepairs(p passed) {
 	if !m.compared {
 		m.compared = true
 		return
@@ -350,6 +359,7 @@ func (m *metrics) countRepairs(p passed, failed map[ipvs.Operation]bool) {
 	for _, o := range p.expected {
 		m.open[objectOf(o)] = struct{}{}
 	}
+	failed := failedOf(p.failures)
 	for _, o := range p.ops {
 		if _, ok := m.open[objectOf(o)]; !ok && !failed[o] {
 			m.repairs.WithLabelValues(kindNames[o.Kind]).Inc()

@@ -86,7 +86,7 @@ func TestMetricsOfPasses(t *testing.T) {
 			t.Helper()
 			p.began = time.Now().Add(-2 * time.Millisecond)
 			p.applied, p.ended = time.Now(), time.Now()
-			m.passed(p)
+			pass(m, p)
 			now := scrape(t, m)
 			got := changed(was, now)
 			was = now
@@ -340,7 +340,7 @@ func TestMetricsOfAgent(t *testing.T) {
 // TestMetricsDocumented compares the table in docs/operations.md with what is registered: name, type, labels.
 func TestMetricsDocumented(t *testing.T) {
 	m := newMetrics(NewInbox())
-	m.passed(passed{ops: []ipvs.Operation{{Verb: ipvs.Add, Kind: ipvs.KindRoute}}}) // so that every metric has a series
+	pass(m, passed{ops: []ipvs.Operation{{Verb: ipvs.Add, Kind: ipvs.KindRoute}}}) // so that every metric has a series
 
 	types := map[string]string{}
 	for _, match := range regexp.MustCompile(`(?m)^# TYPE (\S+) (\S+)$`).FindAllStringSubmatch(scraped(t, m), -1) {
@@ -407,4 +407,15 @@ func TestMetricsAfterRestart(t *testing.T) {
 			}
 		}
 	})
+}
+
+// pass does what the agent's loop does about a pass.
+func pass(m *metrics, p passed) {
+	if p.err == nil {
+		if p.full {
+			m.found(p.observed)
+		}
+		m.count(p.ops, p.failures)
+	}
+	m.passed(p)
 }

@@ -132,6 +132,9 @@ func Diff(observed, desired State) []Operation {
 
 // difference is the operations of Diff before they are ordered.
 func difference(observed, desired State) (add, del []Operation) {
+	if n := desired.size() - observed.size(); n > 0 {
+		add = make([]Operation, 0, n)
+	}
 	var turned map[Frontend]bool // shortcuts that lead to another mark now
 	for e := range desired.Elements {
 		if _, ok := observed.Elements[e]; !ok {
@@ -161,8 +164,7 @@ func difference(observed, desired State) (add, del []Operation) {
 		} else if have != v {
 			add = append(add, Operation{Verb: Update, Kind: KindVirtualServer, VirtualServer: v})
 		}
-		a, d := diffRealServers(f, observed.RealServers[f], desired.RealServers[f])
-		add, del = append(add, a...), append(del, d...)
+		add, del = diffRealServers(f, observed.RealServers[f], desired.RealServers[f], add, del)
 	}
 	for f, v := range observed.VirtualServers {
 		if _, ok := desired.VirtualServers[f]; !ok { // its real servers go with it
@@ -190,7 +192,17 @@ func order(add, del []Operation) []Operation {
 	return append(add, del...)
 }
 
-func diffRealServers(f Frontend, observed, desired map[netip.AddrPort]RealServer) (add, del []Operation) {
+// size is how many objects a state has.
+func (s State) size() int {
+	n := len(s.VirtualServers) + len(s.Routes) + len(s.Elements)
+	for _, reals := range s.RealServers {
+		n += len(reals)
+	}
+	return n
+}
+
+// diffRealServers appends what is to be done about the real servers of a frontend.
+func diffRealServers(f Frontend, observed, desired map[netip.AddrPort]RealServer, add, del []Operation) ([]Operation, []Operation) {
 	of := VirtualServer{Frontend: f}
 	for addr, r := range desired {
 		if have, ok := observed[addr]; !ok {
