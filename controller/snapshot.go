@@ -7,6 +7,7 @@
 package controller
 
 import (
+	"fmt"
 	"maps"
 	"reflect"
 	"slices"
@@ -126,7 +127,7 @@ type snapshot struct {
 	services     map[types.NamespacedName]*corev1.Service
 	slices       map[types.NamespacedName][]*endpointSlice     // of each Service, by name
 	serviceOf    map[types.NamespacedName]types.NamespacedName // of each EndpointSlice
-	podWeights   map[string]int32                              // of the pods that say one, by namespace/name
+	podWeights   map[string]podWeight                          // of the pods that say one, by namespace/name
 	watchesPods  bool
 	nodes        map[types.NamespacedName]*corev1.Node
 	namespaces   map[types.NamespacedName]*corev1.Namespace
@@ -142,7 +143,7 @@ func newSnapshot() *snapshot {
 		services:     map[types.NamespacedName]*corev1.Service{},
 		slices:       map[types.NamespacedName][]*endpointSlice{},
 		serviceOf:    map[types.NamespacedName]types.NamespacedName{},
-		podWeights:   map[string]int32{},
+		podWeights:   map[string]podWeight{},
 		nodes:        map[types.NamespacedName]*corev1.Node{},
 		namespaces:   map[types.NamespacedName]*corev1.Namespace{},
 		serviceCIDRs: map[types.NamespacedName]*networkingv1.ServiceCIDR{},
@@ -244,20 +245,31 @@ func (s *snapshot) updateSlice(o *endpointSlice, deleted bool) []types.Namespace
 // slicesOf is the EndpointSlices of a Service in the order of their names.
 func (s *snapshot) slicesOf(service types.NamespacedName) []*endpointSlice { return s.slices[service] }
 
-// updatePod notes a pod's weight, and tells which Services have the pod for an endpoint, if the weight is another one now.
+// podWeight is the weight that a pod says. If what it says is wrong, that is a problem, and its last good weight stays.
+type podWeight struct {
+	weight  int32
+	good    bool // there is a weight
+	problem string
+}
+
+// updatePod notes a pod's weight, and tells which Services have the pod for an endpoint, if it is another one now.
 func (s *snapshot) updatePod(o *metav1.PartialObjectMetadata, deleted bool) []types.NamespacedName {
 	pod := nameOf(o).String()
-	before, had := s.podWeights[pod]
-	delete(s.podWeights, pod)
-	if text, ok := o.Annotations[WeightAnnotation]; ok && !deleted {
-		if w, err := ParseWeight(text); err == nil {
-			s.podWeights[pod] = w
-		} else if had {
-			s.podWeights[pod] = before
+	before := s.podWeights[pod]
+	var now podWeight
+	if text, says := o.Annotations[WeightAnnotation]; says && !deleted {
+		var err error
+		if now.weight, err = ParseWeight(text); err == nil {
+			now.good = true
+		} else {
+			now = podWeight{before.weight, before.good, fmt.Sprintf("Pod %s: annotation %s: %v", pod, WeightAnnotation, err)}
 		}
 	}
-	if now, has := s.podWeights[pod]; now == before && has == had {
+	if now == before {
 		return nil
+	}
+	if s.podWeights[pod] = now; now == (podWeight{}) {
+		delete(s.podWeights, pod)
 	}
 	var concerned []types.NamespacedName
 	for service, of := range s.slices {
@@ -270,10 +282,7 @@ func (s *snapshot) updatePod(o *metav1.PartialObjectMetadata, deleted bool) []ty
 	return concerned
 }
 
-func (s *snapshot) podWeight(pod string) (int32, bool) {
-	w, ok := s.podWeights[pod]
-	return w, ok
-}
+func (s *snapshot) podWeight(pod string) podWeight { return s.podWeights[pod] }
 
 // labelsOf is the labels of a node; none if it is not known.
 func (s *snapshot) labelsOf(node string) labels.Set {

@@ -65,7 +65,7 @@ func TranslateNode(n NodeView) ipvs.Wish {
 type Terms struct {
 	Options
 	NodeLabels func(node string) labels.Set                                             // of any node
-	PodWeight  func(pod string) (weight int32, annotated bool)                          // of namespace/name
+	PodWeight  func(pod string) podWeight                                               // of namespace/name
 	Age        func(at netip.AddrPort) time.Duration                                    // how long a real server has been there, for its slow start
 	Mark       func(port string, protocol ipvs.Protocol, family corev1.IPFamily) uint32 // of the Service's shortcut
 }
@@ -298,8 +298,12 @@ func (t *translation) weight(c candidate) int32 {
 		weight = t.terms.weight(t.terms.NodeLabels(c.node))
 	}
 	if t.terms.PodWeights && c.pod != "" {
-		if w, ok := t.terms.PodWeight(c.pod); ok {
-			weight = w
+		w := t.terms.PodWeight(c.pod)
+		if w.good {
+			weight = w.weight
+		}
+		if w.problem != "" {
+			t.problem("InvalidAnnotation", "%s", w.problem)
 		}
 	}
 	if t.terms.SlowStart == 0 {
