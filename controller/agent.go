@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net/netip"
 	"reflect"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -240,6 +241,9 @@ func (a *Agent) Run(ctx context.Context) error {
 			full = true
 			retry.Reset(retryAfter)
 			continue
+		}
+		if full { // it was about everything, and what that took is not needed until the next one
+			debug.FreeOSMemory()
 		}
 		full = len(a.failures) > 0 // what failed is not forgotten by a pass about something else
 		switch {

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -182,8 +183,15 @@ func runClusterAgent(ctx context.Context, node string, conf config.Agent, kube *
 	return ended(group.Wait())
 }
 
+// gcPercent makes the agent's garbage half of what it keeps, not as much (GOGC): it keeps a lot, and makes little garbage. An
+// operator's GOGC counts.
+const gcPercent = 50
+
 // startAgent starts an agent and the parts of it that do not depend on where its objects come from.
 func startAgent(ctx context.Context, group *errgroup.Group, o controller.AgentOptions) {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	responder := layer2.New(o.Log, layer2.Options{})
 	speaker := bgp.New(o.Log, nil)
 	o.Layer2, o.Speaker = responder, speaker
