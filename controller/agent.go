@@ -438,24 +438,11 @@ func (a *Agent) adopt() (ipvs.State, error) {
 }
 
 // updateViews derives the node's and the network's view from the objects where they changed, and tells whether the
-// network's did. If the node's view is a different one, every Service is touched.
+// network's did.
 func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool) (networkChanged bool) {
 	if t.nodes {
 		a.health.nodeEligible(eligible(a.snapshot.nodes[types.NamespacedName{Name: a.Node}]))
-		if node := a.nodeView(); !reflect.DeepEqual(node, a.node) {
-			a.node, t.node = node, true
-			if len(a.Config.NodePortAddresses) > 0 || a.Config.NodePortPrimary {
-				_ = a.checks.Addresses(node.NodePortAddrs) // checkServices comes upon what cannot be bound
-			}
-			for name := range a.snapshot.services {
-				t.services[name] = struct{}{}
-			}
-		}
-		for name, s := range a.services {
-			if len(s.options.NodeWeights) > 0 {
-				t.services[name] = struct{}{}
-			}
-		}
+		a.updateNode(t)
 		if a.Members != nil {
 			a.Members.Join(a.memberAddresses())
 		}
@@ -476,6 +463,24 @@ func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool
 			!maps.Equal(before.ThisNodeLabels, a.network.ThisNodeLabels)
 	}
 	return networkChanged
+}
+
+// updateNode derives the node's view, and touches the Services that what has changed in it is about: nodes change often.
+func (a *Agent) updateNode(t *touched) {
+	before := a.node
+	a.node = a.nodeView()
+	others := !maps.Equal(a.node.Others, before.Others)
+	before.Others = a.node.Others
+	t.node = !reflect.DeepEqual(a.node, before)
+	for name, svc := range a.snapshot.services {
+		s := a.services[name]
+		if t.node || others && len(externalIPs(svc))+len(ingressIPs(svc)) > 0 || s != nil && len(s.options.NodeWeights) > 0 {
+			t.services[name] = struct{}{}
+		}
+	}
+	if t.node && (len(a.Config.NodePortAddresses) > 0 || a.Config.NodePortPrimary) {
+		_ = a.checks.Addresses(a.node.NodePortAddrs) // checkServices comes upon what cannot be bound
+	}
 }
 
 // nodeView is this node as the data plane needs it.
