@@ -105,21 +105,23 @@ func TestParseProc(t *testing.T) {
 	}
 }
 
-func TestCountMessages(t *testing.T) {
-	message := func(length int) []byte {
+func TestCountRequests(t *testing.T) {
+	message := func(length int, flags uint16) []byte {
 		b := make([]byte, (length+3)&^3)
 		binary.NativeEndian.PutUint32(b, uint32(length))
+		binary.NativeEndian.PutUint16(b[6:], flags)
 		return b
 	}
 	for _, c := range []struct {
 		packet []byte
 		want   int
 	}{
-		{nil, 0}, {message(16), 1}, {append(message(21), message(36)...), 2},
-		{message(20)[:18], 1}, // cut off
+		{nil, 0}, {message(16, 1), 1}, {append(message(21, 5), message(36, 1)...), 2},
+		{append(message(20, 2), message(20, 1)...), 1}, // an answer
+		{message(20, 1)[:18], 1},                       // cut off
 	} {
-		if got := countMessages(c.packet); got != c.want {
-			t.Errorf("%d messages in %d bytes, want %d", got, len(c.packet), c.want)
+		if got := countRequests(c.packet); got != c.want {
+			t.Errorf("%d requests in %d bytes, want %d", got, len(c.packet), c.want)
 		}
 	}
 }

@@ -63,7 +63,7 @@ func (b *bench) change(ctx context.Context, r *running) error {
 		return err
 	}
 	mallocs := after["go_memstats_mallocs_total"] - before["go_memstats_mallocs_total"]
-	b.report.add(figure{name: b.name(change, "allocations"), proxy: r.name, value: mallocs / float64(len(took)), unit: "per change"})
+	b.report.add(figure{name: b.name(change, "allocations"), proxy: r.name, value: mallocs / float64(len(took)), unit: "1/change"})
 	return nil
 }
 

@@ -34,6 +34,7 @@ func about(o options) []string {
 		fmt.Sprintf("%s, %d of its cores; %s", processor, runtime.NumCPU(), how),
 		"Linux " + unix.ByteSliceToString(u.Release[:]),
 		fmt.Sprintf("longshore %s, kube-proxy v1.36.3, %s", o.commit, runtime.Version()),
+		fmt.Sprintf("memory after %v, idle for %v, %v of connections, changes: %d and at most %d of each peer", o.settle, o.idle, o.connect, o.changes, o.peerChanges),
 	}
 }
 

@@ -21,7 +21,7 @@ type counter struct {
 	done     chan error
 }
 
-// countNetlink starts to count; this program must not use netlink on the node until count is called.
+// countNetlink starts to count. What this program sends to the node's kernel meanwhile is among it.
 func countNetlink(n *lab.Node) (*counter, error) {
 	c := &counter{done: make(chan error, 1)}
 	err := n.Do(func() error {
@@ -57,22 +57,25 @@ func countNetlink(n *lab.Node) (*counter, error) {
 func (c *counter) read() error {
 	buffer := make([]byte, 1<<20)
 	for !c.stopping.Load() {
-		n, from, err := unix.Recvfrom(c.fd, buffer, 0)
-		switch to, ok := from.(*unix.SockaddrLinklayer); {
+		n, _, err := unix.Recvfrom(c.fd, buffer, 0)
+		switch {
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
 		case err != nil:
 			return err
-		case ok && to.Pkttype == unix.PACKET_KERNEL:
-			c.messages += countMessages(buffer[:n])
+		default:
+			c.messages += countRequests(buffer[:n])
 		}
 	}
 	return nil
 }
 
-// countMessages counts the messages of one packet (struct nlmsghdr, netlink(7)).
-func countMessages(packet []byte) (count int) {
+// countRequests counts the messages to the kernel in one packet (struct nlmsghdr, netlink(7)): those with the flag of a
+// request, which the kernel's answers and notifications lack. The direction of the packet is not to be had from nlmon.
+func countRequests(packet []byte) (count int) {
 	for len(packet) >= unix.NLMSG_HDRLEN {
-		count++
+		if binary.NativeEndian.Uint16(packet[6:])&unix.NLM_F_REQUEST != 0 {
+			count++
+		}
 		length := (int(binary.NativeEndian.Uint32(packet)) + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1)
 		if length < unix.NLMSG_HDRLEN || length > len(packet) {
 			return count

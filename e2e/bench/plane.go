@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base32"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -14,7 +13,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/mdlayher/netlink"
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"github.com/moby/ipvs"
 	"golang.org/x/sys/unix"
 
@@ -27,6 +27,8 @@ type plane interface {
 	has(pair) (bool, error)
 	// all reads everything; it takes the proxy's time away.
 	all() (func(pair) bool, error)
+	// asked is how many netlink messages that has taken so far.
+	asked() int
 	close()
 }
 
@@ -68,8 +70,9 @@ func awaitOne(ctx context.Context, p plane, want pair, interval time.Duration) (
 
 // ipvsPlane is virtual and real servers.
 type ipvsPlane struct {
-	node   *lab.Node
-	handle *ipvs.Handle
+	node     *lab.Node
+	handle   *ipvs.Handle
+	messages int
 }
 
 func openIPVS(n *lab.Node) (plane, error) {
@@ -77,12 +80,15 @@ func openIPVS(n *lab.Node) (plane, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open IPVS on %s: %w", n.Name, err)
 	}
-	return &ipvsPlane{n, h}, nil
+	return &ipvsPlane{node: n, handle: h}, nil
 }
+
+func (p *ipvsPlane) asked() int { return p.messages }
 
 func (p *ipvsPlane) close() { p.handle.Close() }
 
 func (p *ipvsPlane) has(want pair) (bool, error) {
+	p.messages++
 	servers, err := p.handle.GetDestinations(&ipvs.Service{
 		Address: net.IP(vip(want.service).AsSlice()), Port: servicePort, Protocol: unix.IPPROTO_TCP, AddressFamily: unix.AF_INET,
 	})
@@ -152,14 +158,17 @@ func parseHex(text string) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(plus(netip.IPv4Unspecified(), int(a)), uint16(p)), err
 }
 
-// nftPlane is the chains of kube-proxy's nftables mode: one for each endpoint, made in the same transaction as the rule
-// that leads to it.
-type nftPlane struct{ conn *netlink.Conn }
+// nftPlane is the chains of kube-proxy's nftables mode: one for each port of a Service, with a rule that looks an
+// endpoint up in a map of its own (writeServiceToEndpointDNATs in pkg/proxy/nftables/proxier.go).
+type nftPlane struct {
+	conn     *nftables.Conn
+	messages int
+}
 
 func openNFT(n *lab.Node) (plane, error) {
 	p := &nftPlane{}
 	err := n.Do(func() (err error) {
-		p.conn, err = netlink.Dial(unix.NETLINK_NETFILTER, nil)
+		p.conn, err = nftables.New(nftables.AsLasting())
 		return err
 	})
 	if err != nil {
@@ -168,18 +177,13 @@ func openNFT(n *lab.Node) (plane, error) {
 	return p, nil
 }
 
-func (p *nftPlane) close() { p.conn.Close() }
+func (p *nftPlane) asked() int { return p.messages }
 
-// The table of kube-proxy, and the attributes of a chain (include/uapi/linux/netfilter/nf_tables.h).
-const (
-	nftTable     = "kube-proxy"
-	nftAttrTable = 1 // NFTA_CHAIN_TABLE
-	nftAttrName  = 3 // NFTA_CHAIN_NAME
-)
+func (p *nftPlane) close() { _ = p.conn.CloseLasting() }
 
-// endpointChain is the name of an endpoint's chain (servicePortEndpointChainNameBase in pkg/proxy/nftables/proxier.go).
-func endpointChain(p pair) string {
-	return "endpoint-" + hashed(fmt.Sprintf("%s/%s/tcp/%s__%s/%d", namespace, serviceName(p.service), portName, p.endpoint, targetPort))
+// serviceChain is the name of a Service's chain (servicePortChainNameBase there).
+func serviceChain(service int) string {
+	return "service-" + hashed(fmt.Sprintf("%s/%s/tcp/%s", namespace, serviceName(service), portName))
 }
 
 // hashed is a name with a hash before it (hashAndTruncate there).
@@ -189,50 +193,53 @@ func hashed(name string) string {
 }
 
 func (p *nftPlane) has(want pair) (bool, error) {
-	_, err := p.chains(0, func(e *netlink.AttributeEncoder) {
-		e.String(nftAttrTable, nftTable)
-		e.String(nftAttrName, endpointChain(want))
-	})
-	if errors.Is(err, unix.ENOENT) {
-		return false, nil
-	}
-	return err == nil, err
+	endpoints, err := p.endpoints(want.service)
+	return slices.Contains(endpoints, want.endpoint), err
 }
 
+// all reads the Services one after another as they are asked about.
 func (p *nftPlane) all() (func(pair) bool, error) {
-	names, err := p.chains(netlink.Dump, func(*netlink.AttributeEncoder) {})
-	return func(want pair) bool { return names[endpointChain(want)] }, err
+	known := map[int][]netip.Addr{}
+	return func(want pair) bool {
+		if _, ok := known[want.service]; !ok {
+			endpoints, err := p.endpoints(want.service)
+			if err != nil {
+				return false // has says why
+			}
+			known[want.service] = endpoints
+		}
+		return slices.Contains(known[want.service], want.endpoint)
+	}, nil
 }
 
-// chains asks for chains of family ip and returns their names.
-func (p *nftPlane) chains(flags netlink.HeaderFlags, filter func(*netlink.AttributeEncoder)) (map[string]bool, error) {
-	e := netlink.NewAttributeEncoder()
-	filter(e)
-	attrs, err := e.Encode()
+func (p *nftPlane) endpoints(service int) ([]netip.Addr, error) {
+	table := &nftables.Table{Name: "kube-proxy", Family: nftables.TableFamilyIPv4}
+	p.messages++
+	rules, err := p.conn.GetRules(table, &nftables.Chain{Name: serviceChain(service)})
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("rules of Service %s: %w", serviceName(service), err)
 	}
-	answers, err := p.conn.Execute(netlink.Message{
-		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETCHAIN, Flags: netlink.Request | flags},
-		Data:   append([]byte{unix.AF_INET, unix.NFNETLINK_V0, 0, 0}, attrs...),
-	})
-	if err != nil {
-		return nil, fmt.Errorf("chains of nftables: %w", err)
-	}
-	names := make(map[string]bool, len(answers))
-	for _, m := range answers {
-		d, err := netlink.NewAttributeDecoder(m.Data[4:])
-		if err != nil {
-			return nil, err
-		}
-		for d.Next() {
-			if d.Type() == nftAttrName {
-				names[d.String()] = true
+	var all []netip.Addr
+	for _, r := range rules {
+		for _, e := range r.Exprs {
+			lookup, ok := e.(*expr.Lookup)
+			if !ok {
+				continue
+			}
+			p.messages++
+			elements, err := p.conn.GetSetElements(&nftables.Set{Table: table, Name: lookup.SetName})
+			if err != nil && strings.Contains(err.Error(), unix.ENOENT.Error()) { // the library does not wrap it
+				return nil, nil // it was replaced just now
+			}
+			if err != nil {
+				return nil, fmt.Errorf("endpoints of Service %s: %w", serviceName(service), err)
+			}
+			for _, e := range elements {
+				if len(e.Val) >= 4 { // address . port
+					all = append(all, netip.AddrFrom4([4]byte(e.Val)))
+				}
 			}
 		}
-		if err := d.Err(); err != nil {
-			return nil, err
-		}
 	}
-	return names, nil
+	return all, nil
 }

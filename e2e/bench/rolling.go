@@ -29,6 +29,7 @@ func (b *bench) rolling(ctx context.Context, r *running) error {
 	if err != nil {
 		return err
 	}
+	asked := r.asked()
 	asking := ask(pod, target())
 	began := time.Now()
 	err = b.replaceAll(ctx, services)
@@ -38,8 +39,9 @@ func (b *bench) rolling(ctx context.Context, r *running) error {
 		at, err = awaitAll(limited, r.plane, b.load.pairs())
 		cancel()
 	}
-	asked, lost := asking.stop()
+	requests, lost := asking.stop()
 	messages, countErr := counted.count()
+	messages -= r.asked() - asked
 	if err != nil {
 		return err
 	}
@@ -54,8 +56,8 @@ func (b *bench) rolling(ctx context.Context, r *running) error {
 	name := func(what string) string { return fmt.Sprintf("rolling-%d-%s", changes, what) }
 	b.report.add(figure{name: name("time"), proxy: r.name, value: seconds(at.Sub(began)), unit: "s"})
 	b.report.add(figure{name: name("cpu"), proxy: r.name, value: seconds(used - cpu), unit: "s"})
-	fmt.Printf("      %d requests, %d lost\n", asked, lost)
-	b.report.add(figure{name: name("requests-lost"), proxy: r.name, value: float64(lost), unit: fmt.Sprintf("of about %s", number(float64(asked)))})
+	b.report.add(figure{name: name("requests-lost"), proxy: r.name, value: float64(lost), unit: "requests"})
+	b.report.add(figure{name: name("requests"), proxy: r.name, value: float64(requests), unit: "requests", more: true})
 	if r.name == ours {
 		const metric = "longshore_kernel_operations_total"
 		b.report.add(figure{name: name("kernel-operations"), proxy: ours, value: after[metric] - before[metric], unit: "operations"})

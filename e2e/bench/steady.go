@@ -1,9 +1,6 @@
 package main
 
-import (
-	"context"
-	"fmt"
-)
+import "context"
 
 // memory is the proxy's resident memory some time after its cold start.
 func (b *bench) memory(ctx context.Context, r *running) error {
@@ -40,11 +37,10 @@ func (b *bench) watchIdle(ctx context.Context, r *running) error {
 	if err != nil {
 		return err
 	}
-	during := fmt.Sprintf("in %v", b.options.idle)
-	b.report.add(figure{name: b.name(idle, "cpu"), proxy: r.name, value: seconds(after - before), unit: "s " + during})
+	b.report.add(figure{name: b.name(idle, "cpu"), proxy: r.name, value: seconds(after - before), unit: "s"})
 	if countErr != nil {
 		return countErr
 	}
-	b.report.add(figure{name: b.name(idle, "netlink"), proxy: r.name, value: float64(messages), unit: "messages " + during})
+	b.report.add(figure{name: b.name(idle, "netlink"), proxy: r.name, value: float64(messages), unit: "messages"})
 	return nil
 }
