@@ -91,10 +91,10 @@ func peersToMemory(ctx context.Context) error {
 	return nil
 }
 
-// quiet waits until the processors have little to do, a minute at most: what is under way of an earlier part would be
+// quiet waits until the processors have little to do, half a minute at most: what is under way of an earlier part would be
 // measured with the next.
 func quiet(ctx context.Context) error {
-	deadline := time.Now().Add(time.Minute)
+	deadline := time.Now().Add(30 * time.Second)
 	for time.Now().Before(deadline) {
 		idle, all, err := processors()
 		if err != nil {

@@ -21,8 +21,26 @@ type counter struct {
 	done     chan error
 }
 
-// countNetlink starts to count. What this program sends to the node's kernel meanwhile is among it.
-func countNetlink(n *lab.Node) (*counter, error) {
+// countNetlink counts the messages to the kernel of the proxy's node until the function that it returns is called, which
+// reports them, without those that this program sent itself to look at the proxy's work. Where they cannot be counted
+// that is a note.
+func (b *bench) countNetlink(r *running) func(figureName string) {
+	asked := r.asked()
+	c, err := newCounter(r.node)
+	return func(figureName string) {
+		var messages int
+		if err == nil {
+			messages, err = c.count()
+		}
+		if err != nil {
+			b.report.note("%s of %s: %v", figureName, r.name, err)
+			return
+		}
+		b.report.add(figure{name: figureName, proxy: r.name, value: float64(messages - (r.asked() - asked)), unit: "messages"})
+	}
+}
+
+func newCounter(n *lab.Node) (*counter, error) {
 	c := &counter{done: make(chan error, 1)}
 	err := n.Do(func() error {
 		attrs := netlink.NewLinkAttrs()

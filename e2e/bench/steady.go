@@ -20,27 +20,19 @@ func (b *bench) watchIdle(ctx context.Context, r *running) error {
 	if err := quiet(ctx); err != nil {
 		return err
 	}
-	counted, err := countNetlink(b.node())
-	if err != nil {
-		return err
-	}
+	counted := b.countNetlink(r)
 	before, err := r.cpu()
 	if err != nil {
 		return err
 	}
-	paused := pause(ctx, b.options.idle)
-	messages, countErr := counted.count()
-	if paused != nil {
-		return paused
+	if err := pause(ctx, b.options.idle); err != nil {
+		return err
 	}
+	counted(b.name(idle, "netlink"))
 	after, err := r.cpu()
 	if err != nil {
 		return err
 	}
 	b.report.add(figure{name: b.name(idle, "cpu"), proxy: r.name, value: seconds(after - before), unit: "s"})
-	if countErr != nil {
-		return countErr
-	}
-	b.report.add(figure{name: b.name(idle, "netlink"), proxy: r.name, value: float64(messages), unit: "messages"})
 	return nil
 }
