@@ -22,6 +22,7 @@ import (
 
 func TestMain(m *testing.M) {
 	lab.Main()
+	serveForwarded()
 	os.Exit(m.Run())
 }
 
@@ -57,6 +58,9 @@ func TestScenarios(t *testing.T) {
 		{"OthersAreLeftAlone", othersAreLeftAlone},
 		{"BadInput", badInput},
 		{"DeletedService", deletedService},
+		{"ClusterDNS", clusterDNS},
+		{"SharedIngress", sharedIngress},
+		{"NetworkPolicy", networkPolicy},
 		{"NodeDies", nodeDies}, // last: the node stays dead
 	} {
 		ok := t.Run(s.name, func(t *testing.T) {

@@ -1,5 +1,5 @@
-// Build makes the programs that the lab runs beside longshore: etcd, kube-apiserver, kube-controller-manager,
-// kube-proxy, kubectl and helm. Run it from the repository's root: go run ./e2e/build
+// Build makes the programs that the lab runs beside longshore: the control plane of e2e/controlplane and what
+// e2e/neighbours pins. Run it from the repository's root: go run ./e2e/build
 package main
 
 import (
@@ -16,8 +16,8 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := lab.Build(ctx, filepath.Join("e2e", "controlplane"), report); err != nil {
-		fmt.Fprintln(os.Stderr, "build the control plane:", err)
+	if err := lab.Build(ctx, "e2e", report); err != nil {
+		fmt.Fprintln(os.Stderr, "build the programs of the lab:", err)
 		os.Exit(1)
 	}
 }

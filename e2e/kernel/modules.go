@@ -21,7 +21,7 @@ var labModules = []string{
 	"ip_vs", "ip_vs_rr", "ip_vs_wrr", "ip_vs_lc", "ip_vs_wlc", "ip_vs_fo", "ip_vs_ovf", "ip_vs_lblc", "ip_vs_lblcr",
 	"ip_vs_dh", "ip_vs_sh", "ip_vs_mh", "ip_vs_sed", "ip_vs_nq", "ip_vs_twos",
 	"nf_conntrack", "nf_conntrack_netlink", "nf_nat", "nf_tables", "nft_ct", "nft_nat", "nft_chain_nat", "nft_masq",
-	"nft_limit", "nft_log", "nft_numgen", "nft_hash",
+	"nft_limit", "nft_log", "nft_numgen", "nft_hash", "nft_queue", "nfnetlink_queue",
 	"nft_reject", "nft_reject_inet", "nft_reject_ipv4", "nft_reject_ipv6", "nft_fib", "nft_fib_inet", "nft_fib_ipv4", "nft_fib_ipv6",
 	"veth", "bridge", "br_netfilter", "dummy", "tun", "ipip", "ip6_tunnel", "ip_gre", "vxlan", "fou",
 	"sch_netem", "sch_tbf", "sch_ingress", "cls_u32", "act_mirred",

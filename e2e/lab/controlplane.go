@@ -221,13 +221,22 @@ func (p *controlPlane) died() error {
 	return errors.Join(errs...)
 }
 
-// tokenKubeconfig writes a kubeconfig with a token of a service account (TokenRequest), good for a day.
+// tokenKubeconfig writes a kubeconfig with a token of a service account.
 func (p *controlPlane) tokenKubeconfig(ctx context.Context, namespace, account string) (string, error) {
+	token, err := p.token(ctx, namespace, account)
+	if err != nil {
+		return "", err
+	}
+	return p.writeKubeconfig(namespace+"-"+account, &api.AuthInfo{Token: token})
+}
+
+// token is one of a service account (TokenRequest), good for a day.
+func (p *controlPlane) token(ctx context.Context, namespace, account string) (string, error) {
 	seconds := int64(24 * 60 * 60)
 	request := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &seconds}}
 	answer, err := p.client.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, account, request, metav1.CreateOptions{})
 	if err != nil {
 		return "", fmt.Errorf("token for service account %s/%s: %w", namespace, account, err)
 	}
-	return p.writeKubeconfig(namespace+"-"+account, &api.AuthInfo{Token: answer.Status.Token})
+	return answer.Status.Token, nil
 }

@@ -393,8 +393,20 @@ func (p *Pod) field(path string) string {
 	}[path]
 }
 
-// Args is the container's arguments, for an [ImageFunc].
-func (p *Pod) Args() []string { return p.container().Args }
+// Args is the container's arguments, with the $(NAME) of its environment filled in, for an [ImageFunc].
+func (p *Pod) Args() []string {
+	var pairs []string
+	for _, e := range p.environment() {
+		name, value, _ := strings.Cut(e, "=")
+		pairs = append(pairs, "$("+name+")", value)
+	}
+	variables := strings.NewReplacer(pairs...)
+	var args []string
+	for _, a := range p.container().Args {
+		args = append(args, variables.Replace(a))
+	}
+	return args
+}
 
 // Env is the container's environment, NAME=VALUE, with the fields of the pod that it asks for filled in, for an
 // [ImageFunc].

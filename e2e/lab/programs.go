@@ -17,10 +17,10 @@ import (
 // kubernetesVersion is what the control plane says of itself; e2e/controlplane/go.mod requires the same.
 const kubernetesVersion = "v1.36.3"
 
-// tool is a program of e2e/controlplane.
+// tool is a program of one of the two modules.
 type tool struct{ name, path string }
 
-// tools is what Build builds, the smallest first.
+// tools is what Build builds from e2e/controlplane, the smallest first.
 var tools = []tool{
 	{"etcd", "go.etcd.io/etcd/server/v3"},
 	{"kubectl", "k8s.io/kubernetes/cmd/kubectl"},
@@ -30,6 +30,13 @@ var tools = []tool{
 	{"kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"},
 }
 
+// neighbours is what Build builds from e2e/neighbours, after the control plane, with which they share most packages.
+var neighbours = []tool{
+	{"coredns", "./coredns"},
+	{"ingress", "./ingress"},
+	{"kube-network-policies", "sigs.k8s.io/kube-network-policies/cmd"},
+}
+
 // Built tells that a program is ready.
 type Built struct {
 	Program string // its file
@@ -37,10 +44,10 @@ type Built struct {
 	Cached  bool // it was there already, of the same versions
 }
 
-// Build builds the control plane's programs from the module in folder source (e2e/controlplane) into the user's
-// cache folder, longshore/controlplane, one after another: linking one takes 1 GB of memory. What is there and of
-// the same versions stays. ready is called after each program.
-func Build(ctx context.Context, source string, ready func(Built)) error {
+// Build builds the programs of the modules controlplane and neighbours, in folder e2e, into the user's cache folder,
+// longshore/controlplane, one after another: linking one takes 1 GB of memory. What is there and of the same
+// versions stays. ready is called after each program.
+func Build(ctx context.Context, e2e string, ready func(Built)) error {
 	folder, err := programFolder()
 	if err != nil {
 		return err
@@ -48,6 +55,13 @@ func Build(ctx context.Context, source string, ready func(Built)) error {
 	if err := os.MkdirAll(folder, 0o755); err != nil {
 		return err
 	}
+	return errors.Join(
+		buildModule(ctx, filepath.Join(e2e, "controlplane"), tools, folder, ready),
+		buildModule(ctx, filepath.Join(e2e, "neighbours"), neighbours, folder, ready),
+	)
+}
+
+func buildModule(ctx context.Context, source string, tools []tool, folder string, ready func(Built)) error {
 	stamp, err := versionStamp(source)
 	if err != nil {
 		return err
@@ -86,12 +100,16 @@ var buildFlags = []string{
 // versionStamp is equal if, and only if, a build would give the same programs.
 func versionStamp(source string) (string, error) {
 	hash := sha256.New()
-	for _, name := range []string{"go.mod", "go.sum"} {
-		b, err := os.ReadFile(filepath.Join(source, name))
-		if err != nil {
-			return "", fmt.Errorf("module of the control plane: %w", err)
+	err := filepath.WalkDir(source, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() {
+			return err
 		}
+		b, err := os.ReadFile(path)
 		hash.Write(b)
+		return err
+	})
+	if err != nil {
+		return "", fmt.Errorf("module of the lab's programs: %w", err)
 	}
 	fmt.Fprintln(hash, runtime.Version(), runtime.GOARCH, buildFlags)
 	return fmt.Sprintf("%x", hash.Sum(nil)), nil
