@@ -2,7 +2,8 @@
 // real routers: the scenarios are its tests, the demo is package e2e/demo, the benchmark e2e/bench.
 //
 // Folders: lab is the machines, the network, the control plane and the peers; kernel and inlab find or boot a kernel
-// with IPVS; controlplane pins the programs that run beside longshore, and build builds them.
+// with IPVS; controlplane pins the programs of the control plane, neighbours those that use Services or judge their
+// packets, and build builds both.
 package e2e
 
 import (
