@@ -229,7 +229,10 @@ func clusterDNS(t *testing.T, w *world) {
 	for _, n := range w.Lab.Nodes {
 		pod := w.podOn(t, n)
 		for _, family := range families {
-			server := netip.AddrPortFrom(map[bool]netip.Addr{false: netip.MustParseAddr("10.96.0.10"), true: netip.MustParseAddr("fd96::10")}[family.ipv6], 53)
+			server := netip.MustParseAddrPort("10.96.0.10:53")
+			if family.ipv6 {
+				server = netip.MustParseAddrPort("[fd96::10]:53")
+			}
 			for _, protocol := range []string{"udp", "tcp"} {
 				for _, q := range questions {
 					slices.Sort(q.want)
