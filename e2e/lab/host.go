@@ -96,13 +96,16 @@ func (h *Host) Neighbor(addr netip.Addr) (net.HardwareAddr, error) {
 	return nil, fmt.Errorf("%s knows no neighbour %s", h.Name, addr)
 }
 
-// ForgetNeighbors empties the host's ARP and NDP tables.
+// ForgetNeighbors empties the host's ARP and NDP tables of what it has learnt.
 func (h *Host) ForgetNeighbors() error {
 	neighbors, err := h.kernel.NeighList(0, unix.AF_UNSPEC)
 	if err != nil {
 		return fmt.Errorf("neighbours of %s: %w", h.Name, err)
 	}
 	for _, n := range neighbors {
+		if n.State&netlink.NUD_PERMANENT != 0 {
+			continue
+		}
 		if err := h.kernel.NeighDel(&n); err != nil && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("delete neighbour %s of %s: %w", n.IP, h.Name, err)
 		}

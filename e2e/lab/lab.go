@@ -14,18 +14,19 @@
 //
 //	lan 172.31.0.0/24 fd31::/64   router .1 ::1   bird .2 ::2   api .5 ::5   n1 .11 ::11 ...   client .100 ::100
 //	wan 172.30.0.0/24 fd30::/64   router .1 ::1   bird .2 ::2                               outside .100 ::100
-//	pods of node i                10.244.i.0/24 fd44:0:0:i::/64, routed by static routes on every machine of the lan
+//	pods of node i                10.244.i.0/24 fd44:0:0:i::/64, joined as Config.PodNetwork says
 //	services                      10.96.0.0/16 fd96::/112, of which no machine has a route
 //
 // Every namespace is called ls-NAME, so that `ip netns exec ls-n1 ip route` looks into node 1. Only one lab
 // exists on a machine at a time; [New] waits for the one before and removes what a crashed one left.
 //
-// Needed: root, and the Debian packages iproute2, util-linux, and those of the programs that a scenario starts
-// (frr, bird2, tcpdump). The programs of the control plane come from [Build]. A program that starts a lab must
+// Needed: root, and the Debian packages iproute2, util-linux, nftables, and those of the programs that a
+// scenario starts (frr, bird2, tcpdump). The programs of the control plane come from [Build]. A program that starts a lab must
 // call [Main] first.
 package lab
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,6 +34,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -48,9 +50,10 @@ const MaxNodes = 80
 
 // Config says what lab to make.
 type Config struct {
-	Scenario string       // names the folder of the records; "" = lab
-	Nodes    int          // 1 to MaxNodes
-	Log      *slog.Logger // what the lab does; nil = nowhere
+	Scenario   string       // names the folder of the records; "" = lab
+	Nodes      int          // 1 to MaxNodes
+	PodNetwork PodNetwork   // "" = Routed
+	Log        *slog.Logger // what the lab does; nil = nowhere
 }
 
 // Lab is one set of machines, all switched on. Its methods may be called from any goroutine.
@@ -62,13 +65,14 @@ type Lab struct {
 	API     *Host   // where the control plane runs
 	Nodes   []*Node // Nodes[0] is n1
 
-	log      *slog.Logger
-	network  *network
-	records  *records
-	state    string // folder on a tmpfs for what dies with the lab: keys, sockets, databases
-	lock     *os.File
-	captures []*Process
-	cluster  *Cluster
+	log        *slog.Logger
+	podNetwork PodNetwork
+	network    *network
+	records    *records
+	state      string // folder on a tmpfs for what dies with the lab: keys, sockets, databases
+	lock       *os.File
+	captures   []*Process
+	cluster    *Cluster
 }
 
 // New makes the machines and the network; nothing else runs yet. If another lab exists it waits until that one
@@ -83,7 +87,10 @@ func New(ctx context.Context, c Config) (*Lab, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	l := &Lab{log: c.Log}
+	l := &Lab{log: c.Log, podNetwork: cmp.Or(c.PodNetwork, Routed)}
+	if !slices.Contains([]PodNetwork{Routed, Bridge, VXLAN}, l.podNetwork) {
+		return nil, fmt.Errorf("Config.PodNetwork is %q, must be %s, %s or %s", l.podNetwork, Routed, Bridge, VXLAN)
+	}
 	if err := l.open(ctx, c); err != nil {
 		return nil, errors.Join(fmt.Errorf("make the lab: %w", err), l.Close())
 	}

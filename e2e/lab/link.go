@@ -14,7 +14,8 @@ import (
 type Link struct {
 	far, near         *namespace // the switch's (or node's) end, the machine's end
 	port, device      string     // what the ends are called there
-	bridge            string     // what the port belongs to, "" for a pod's cable
+	bridge            string     // what the port belongs to, "" for none
+	hairpin           bool       // the port sends back to where a frame came from, if need be
 	farLink, nearLink netlink.Link
 }
 
@@ -49,6 +50,20 @@ func (k *Link) connect(bridge string) error {
 		return fmt.Errorf("put %s into %s: %w", k.port, bridge, err)
 	}
 	k.bridge = bridge
+	if !k.hairpin {
+		return nil
+	}
+	if err := k.far.kernel.LinkSetHairpin(k.farLink, true); err != nil {
+		return fmt.Errorf("let %s send back into %s: %w", k.port, k.near.name, err)
+	}
+	return nil
+}
+
+// setMTU limits the packets of both ends.
+func (k *Link) setMTU(mtu int) error {
+	if err := errors.Join(k.far.kernel.LinkSetMTU(k.farLink, mtu), k.near.kernel.LinkSetMTU(k.nearLink, mtu)); err != nil {
+		return fmt.Errorf("limit packets of %s of %s to %d bytes: %w", k.device, k.near.name, mtu, err)
+	}
 	return nil
 }
 
@@ -74,7 +89,7 @@ func (k *Link) Mend() error {
 // Silence loses every packet while the machine still sees a carrier, as when something breaks farther away.
 func (k *Link) Silence() error {
 	if k.bridge == "" {
-		return fmt.Errorf("silence %s of %s: only a cable to a switch can be silenced", k.device, k.near.name)
+		return fmt.Errorf("silence %s of %s: only a cable to a switch or a bridge can be silenced", k.device, k.near.name)
 	}
 	if err := k.far.kernel.LinkSetNoMaster(k.farLink); err != nil {
 		return fmt.Errorf("silence %s of %s: %w", k.device, k.near.name, err)

@@ -18,7 +18,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 )
 
-// Node is a machine on the lan that runs pods. It forwards, and routes the other nodes' pods by static routes.
+// Node is a machine on the lan that runs pods. It forwards.
 type Node struct {
 	*Host
 	Index        int          // 1 for n1

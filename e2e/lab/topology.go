@@ -92,11 +92,7 @@ func (s segment) create(in *namespace) error {
 	snooping := false
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = s.bridge
-	bridge := &netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &snooping}
-	if err := in.kernel.LinkAdd(bridge); err != nil {
-		return fmt.Errorf("add bridge %s: %w", s.bridge, err)
-	}
-	return in.kernel.LinkSetUp(bridge)
+	return in.addDevice(&netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &snooping})
 }
 
 // wireMachines makes all machines but the nodes.
@@ -206,56 +202,7 @@ func (l *Lab) wireNode(n *Node) (err error) {
 	if err := l.plug(n.Host, lan, nodeNumber+n.Index, "eth0"); err != nil {
 		return err
 	}
-	return errors.Join(n.makeRouter(), n.defaultVia(lan))
-}
-
-// routePods gives every machine of the lan the routes to every node's pods.
-func (l *Lab) routePods() error {
-	for _, h := range l.hosts() {
-		if h == l.Outside {
-			continue
-		}
-		if err := l.routePodsOn(h); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (l *Lab) routePodsOn(h *Host) error {
-	for _, n := range l.Nodes {
-		if n.Name == h.Name {
-			continue
-		}
-		if err := errors.Join(h.addRoute(n.Pods4, n.V4), h.addRoute(n.Pods6, n.V6)); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// plugPod joins a pod's namespace to its node: a cable whose node end has the pods' gateway address and a route
-// to just this pod.
-func (n *Node) plugPod(pod *Host, device string) error {
-	k, err := newCable(n.namespace, device, pod.namespace, "eth0")
-	if err != nil {
-		return err
-	}
-	pod.Link = k
-	gateways := []netip.Addr{n.Pods4.Addr().Next(), n.Pods6.Addr().Next()}
-	for i, addr := range []netip.Addr{pod.V4, pod.V6} {
-		gateway := gateways[i]
-		if err := errors.Join(
-			n.addAddress(device, single(gateway)),
-			n.addDeviceRoute(single(addr), device),
-			pod.addAddress("eth0", single(addr)),
-			pod.addDeviceRoute(single(gateway), "eth0"),
-			pod.addRoute(netip.PrefixFrom(unspecified(addr), 0), gateway),
-		); err != nil {
-			return err
-		}
-	}
-	return nil
+	return errors.Join(n.makeRouter(), n.defaultVia(lan), n.joinPodNetwork())
 }
 
 func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
