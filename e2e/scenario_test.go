@@ -37,14 +37,11 @@ type world struct {
 	pods map[string]*lab.Pod // of the Deployment web, by the name they answer with
 }
 
-// TestScenarios shows what longshore does in a cluster of three nodes. The scenarios run in order, each leaves the
-// cluster as it found it, and after each the view of every node's table is compared with ipvsadm's.
+// TestScenarios shows what longshore does in a cluster of three nodes, whose pods are joined as LONGSHORE_LAB_PODS says
+// (see [lab.PodNetwork]; usually they are routed).
 func TestScenarios(t *testing.T) {
-	w := newWorld(t)
-	for _, s := range []struct {
-		name string
-		run  func(*testing.T, *world)
-	}{
+	w := newWorld(t, lab.Config{Nodes: 3, PodNetwork: lab.PodNetwork(os.Getenv("LONGSHORE_LAB_PODS"))})
+	w.play(t, []scenario{
 		{"ClusterIP", clusterIP},
 		{"RejectedAndDropped", rejectedAndDropped},
 		{"NodePort", nodePort},
@@ -62,21 +59,7 @@ func TestScenarios(t *testing.T) {
 		{"SharedIngress", sharedIngress},
 		{"NetworkPolicy", networkPolicy},
 		{"NodeDies", nodeDies}, // last: the node stays dead
-	} {
-		ok := t.Run(s.name, func(t *testing.T) {
-			began := time.Now()
-			s.run(t, w)
-			compareWithIpvsadm(t, w)
-			t.Logf("took %v", time.Since(began).Round(100*time.Millisecond))
-		})
-		if !ok {
-			for _, n := range w.Lab.Nodes {
-				if status, err := w.Longshore(t.Context(), n, "status"); err == nil {
-					t.Logf("status of %s:\n%s", n.Name, status)
-				}
-			}
-		}
-	}
+	})
 }
 
 const web = Web + `
@@ -91,12 +74,12 @@ spec:
   - {name: udp, port: 80, targetPort: 8080, protocol: UDP}
 `
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T, config lab.Config) *world {
 	t.Helper()
 	ctx := t.Context()
 	began := time.Now()
 	step := func(what string) { t.Logf("%5.1f s: %s", time.Since(began).Seconds(), what) }
-	l := lab.ForTest(t, lab.Config{Nodes: 3})
+	l := lab.ForTest(t, config)
 	step("machines and network")
 	if err := l.Capture(ctx, l.Client, l.Router); err != nil {
 		t.Fatal(err)

@@ -185,7 +185,9 @@ func (sum *tally) take(e event, of *tally, outputs map[string][]string) {
 
 // showScenario prints the verdict on a scenario as it comes: they take minutes.
 func showScenario(e event) {
-	if strings.HasPrefix(e.Test, "TestScenarios/") && strings.Count(e.Test, "/") == 1 && (e.Action == "pass" || e.Action == "fail") {
+	name, _, _ := strings.Cut(e.Test, "/")
+	depth := map[string]int{"TestScenarios": 1, "TestPodNetworks": 2}[name] // of the scenarios below the test
+	if depth > 0 && strings.Count(e.Test, "/") == depth && (e.Action == "pass" || e.Action == "fail") {
 		fmt.Printf("     %s %s in %.0f s\n", e.Action, e.Test, e.Elapsed)
 	}
 }
