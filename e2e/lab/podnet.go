@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 
 	"github.com/u-root/u-root/pkg/kmodule"
 	"github.com/vishvananda/netlink"
@@ -24,8 +25,9 @@ const (
 	// Bridge plugs the pods of a node into a bridge, whose subnet is the node's pod CIDR; routes are as in Routed. What
 	// one pod sends to another of its node is not routed.
 	Bridge PodNetwork = "bridge"
-	// VXLAN joins such bridges by an overlay, as flannel does: the other machines of the lan have no route to the pods
-	// and never see their addresses, since a pod that leaves the overlay is masqueraded by its node.
+	// VXLAN joins such bridges by an overlay, as flannel does. The other machines of the lan have no route to the pods and
+	// never see their addresses: a pod that leaves the overlay is masqueraded by its node, and the lan loses packets with a
+	// pod's address as source, as the networks of clouds and nodes with rp_filter=1 do.
 	VXLAN PodNetwork = "vxlan"
 )
 
@@ -58,11 +60,13 @@ func (n *Node) joinPodNetwork() error {
 	return nil
 }
 
-// routePods gives the machines of the lan routes to every node's pods; of an overlay only the nodes know.
+// routePods gives the machines of the lan routes to every node's pods; of an overlay only the nodes have any.
 func (l *Lab) routePods() error {
-	machines := []*Host{l.Router, l.Bird, l.Client, l.API}
-	if l.podNetwork == VXLAN {
-		machines = nil
+	var machines []*Host
+	if l.podNetwork != VXLAN {
+		machines = []*Host{l.Router, l.Bird, l.Client, l.API}
+	} else if err := l.losePods(); err != nil {
+		return err
 	}
 	for _, n := range l.Nodes {
 		machines = append(machines, n.Host)
@@ -246,13 +250,30 @@ func (h *Host) routeThroughOverlay(to *Node) error {
 // also does is left out, since other overlays do not: to masquerade what comes from outside to another node's pods.
 // That is up to who sends it there.
 func (n *Node) masqueradePods() error {
-	_, err := n.Run(context.Background(), "nft", fmt.Sprintf(`table inet cni {
+	return n.nft(fmt.Sprintf(`table inet cni {
 		chain postrouting {
 			type nat hook postrouting priority srcnat
 			ip saddr %[1]s ip daddr != { %[1]s, 224.0.0.0/4 } masquerade fully-random
 			ip6 saddr %[2]s ip6 daddr != { %[2]s, ff00::/8 } masquerade fully-random
 		}
 	}`, podRange4, podRange6))
+}
+
+// losePods lets no packet of a pod pass a switch outside the overlay.
+func (l *Lab) losePods() error {
+	return l.network.bridges.nft(fmt.Sprintf(`table bridge underlay {
+		chain forward {
+			type filter hook forward priority filter
+			ip saddr %s drop
+			ip6 saddr %s drop
+		}
+	}`, podRange4, podRange6))
+}
+
+// nft gives a namespace rules, in the language of nft(8).
+func (n *namespace) nft(rules string) error {
+	h := Host{Name: strings.TrimPrefix(n.name, prefix), namespace: n}
+	_, err := h.Run(context.Background(), "nft", rules)
 	return err
 }
 

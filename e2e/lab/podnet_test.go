@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bytes"
+	"net"
 	"net/netip"
 	"strings"
 	"testing"
@@ -118,8 +119,25 @@ func beyond(t *testing.T, l *Lab, pod *Host, ipv6 bool) {
 	}
 	if !hidden {
 		reach(t, l.Client, "tcp/80", pod.Addr(ipv6))
-	} else if answer, err := l.Client.Ask(t.Context(), "tcp", netip.AddrPortFrom(pod.Addr(ipv6), 80)); err == nil {
+		return
+	}
+	if answer, err := l.Client.Ask(t.Context(), "tcp", netip.AddrPortFrom(pod.Addr(ipv6), 80)); err == nil {
 		t.Errorf("the client reached a pod of the overlay from outside: %+v", answer)
+	}
+	// A node is in the overlay with an address of the overlay only: answers to its other address leave it, and are lost.
+	n2 := l.Nodes[1]
+	for _, source := range []netip.Addr{n2.pods(ipv6).Addr(), n2.Addr(ipv6)} {
+		err := n2.Do(func() error {
+			dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: source.AsSlice()}, Timeout: time.Second}
+			conn, err := dialer.DialContext(t.Context(), "tcp", netip.AddrPortFrom(pod.Addr(ipv6), 80).String())
+			if err == nil {
+				err = conn.Close()
+			}
+			return err
+		})
+		if answered := err == nil; answered != (source != n2.Addr(ipv6)) {
+			t.Errorf("a pod of n1 answered n2 at %s: %v (%v)", source, answered, err)
+		}
 	}
 }
 
