@@ -289,7 +289,7 @@ func objects(t *testing.T, text string) []Object {
 	t.Helper()
 	var out []Object
 	for _, d := range documents(t, []byte(text)) {
-		o, err := decodeManifest(d)
+		o, err := decodeAny(d)
 		if err != nil {
 			t.Fatal(err)
 		}

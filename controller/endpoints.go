@@ -50,6 +50,14 @@ func newEndpointSlice(o *discoveryv1.EndpointSlice) *endpointSlice {
 	if at, err := time.Parse(time.RFC3339Nano, o.Annotations[corev1.EndpointsLastChangeTriggerTime]); err == nil {
 		s.triggered = at
 	}
+	if _, headless := o.Labels[corev1.IsHeadlessService]; headless {
+		s.service.Name = "" // it has no virtual server (kubernetes/enhancements, KEP-2447)
+	}
+	if o.AddressType == discoveryv1.AddressTypeFQDN {
+		s.problems = append(s.problems, Problem{"InvalidEndpoint",
+			fmt.Sprintf("EndpointSlice %s: addressType %q is not served; it is left out", o.Name, o.AddressType)})
+		return s
+	}
 	for _, p := range o.Ports {
 		// A nil port number serves every port (discovery/v1 EndpointPort); no Service port can be translated to that.
 		if p.Port != nil && *p.Port > 0 && *p.Port < 65536 {
@@ -92,7 +100,7 @@ func (s *endpointSlice) add(e *discoveryv1.Endpoint) {
 				fmt.Sprintf("EndpointSlice %s: address %q is not of family %s; it is left out", s.name.Name, text, s.family)})
 			continue
 		}
-		out.addr = addr
+		out.addr = addr.Unmap()
 		s.endpoints = append(s.endpoints, out)
 	}
 }

@@ -198,7 +198,7 @@ func healthCheckOf(svc *corev1.Service, endpointSlices []*endpointSlice, node st
 	ready := map[corev1.IPFamily]map[netip.Addr]struct{}{corev1.IPv4Protocol: {}, corev1.IPv6Protocol: {}}
 	for _, slice := range endpointSlices {
 		for i := range slice.endpoints {
-			if e := &slice.endpoints[i]; e.node == node && e.ready {
+			if e := &slice.endpoints[i]; e.node == node && (e.ready || svc.Spec.PublishNotReadyAddresses) {
 				ready[slice.family][e.addr] = struct{}{}
 			}
 		}

@@ -225,12 +225,12 @@ func (o Options) weight(node labels.Set) int32 {
 }
 
 // ramp is the weight of a real server in its slow start. Weights are a hundred times those of the annotations then, so
-// that small ones have steps too.
-func (o Options) ramp(weight int32, age time.Duration) int32 {
-	if o.SlowStart == 0 || weight == 0 {
-		return weight
+// that small ones have steps too; less if the heaviest of them would be too large.
+func (o Options) ramp(weight, heaviest int32, age time.Duration) int32 {
+	if weight == 0 {
+		return 0
 	}
-	whole := min(int64(weight)*100, maxWeight)
+	whole := int64(weight) * int64(min(100, maxWeight/heaviest))
 	if age >= o.SlowStart {
 		return int32(whole)
 	}

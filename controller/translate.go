@@ -282,11 +282,18 @@ func (t *translation) addVIP(addr netip.Addr) {
 // realServers is endpoints with their weights. Those of this node are noted for hairpin.
 func (t *translation) realServers(from []candidate) []ipvs.RealServer {
 	reals := make([]ipvs.RealServer, 0, len(from))
-	for _, c := range from {
+	weights := make([]int32, len(from))
+	for i, c := range from {
+		weights[i] = t.weight(c)
+	}
+	for i, c := range from {
 		if c.node == t.node.Name {
 			t.Wish.AddPrefix(ipvs.Hairpin, netip.PrefixFrom(c.addr, c.addr.BitLen()))
 		}
-		r := ipvs.RealServer{Addr: c.at, Weight: t.weight(c), Upper: t.terms.Upper, Lower: t.terms.Lower}
+		r := ipvs.RealServer{Addr: c.at, Weight: weights[i], Upper: t.terms.Upper, Lower: t.terms.Lower}
+		if t.terms.SlowStart > 0 {
+			r.Weight = t.terms.ramp(r.Weight, slices.Max(weights), t.terms.Age(c.at))
+		}
 		reals = append(reals, r)
 	}
 	return reals
@@ -306,10 +313,7 @@ func (t *translation) weight(c candidate) int32 {
 			t.problem("InvalidAnnotation", "%s", w.problem)
 		}
 	}
-	if t.terms.SlowStart == 0 {
-		return weight
-	}
-	return t.terms.ramp(weight, t.terms.Age(c.at))
+	return weight
 }
 
 // reach notes which nodes have an endpoint for traffic from outside.
