@@ -44,6 +44,7 @@ type machine struct {
 	answers     []announcer.Address    // what was last told to layer 2
 	speaker     bgp.Config             // and to BGP
 	password    func() (string, error) // of every BGP peer; nil = there are no Secrets
+	options     func(*AgentOptions)    // what else an agent is started with; nil = nothing
 	journal     []string
 }
 
@@ -103,8 +104,7 @@ func (m *machine) do(o ipvs.Operation) error {
 	switch f := o.VirtualServer.Frontend; o.Kind {
 	case ipvs.KindElement:
 		for e := range m.state.Elements {
-			interval := e.Set == ipvs.ServiceCIDRs || e.Set == ipvs.Pods // those may not overlap
-			if o.Verb == ipvs.Add && interval && e.Set == o.Element.Set && e.Prefix.Overlaps(o.Element.Prefix) {
+			if o.Verb == ipvs.Add && excludes(e, o.Element) {
 				return fmt.Errorf("overlaps %s", e)
 			}
 		}
@@ -131,6 +131,19 @@ func (m *machine) do(o ipvs.Operation) error {
 		m.state.RealServers[f] = of
 		return err
 	}
+}
+
+// excludes tells whether nftables refuses an element while there is another one: ranges may not overlap, a map has one
+// value for a key.
+func excludes(e, f ipvs.Element) bool {
+	if e.Set != f.Set || e.Frontend != f.Frontend || e == f {
+		return false
+	}
+	switch e.Set {
+	case ipvs.ServiceCIDRs, ipvs.Pods, ipvs.Kept, ipvs.Allowed:
+		return e.Prefix.Overlaps(f.Prefix)
+	}
+	return e.Set == ipvs.Shortcuts
 }
 
 func put[K, V comparable](m *map[K]V, verb ipvs.Verb, k K, v V) error {
@@ -267,13 +280,17 @@ type running struct {
 // start runs an agent on the machine. It must be stopped within the bubble.
 func (m *machine) start(inbox *Inbox, members Members) running {
 	ctx, cancel := context.WithCancel(context.Background())
-	a := NewAgent(AgentOptions{
+	o := AgentOptions{
 		Node: m.name, Config: config.DefaultAgent(), Inbox: inbox, DataPlane: m, Layer2: toLayer2{m}, Speaker: toBGP{m},
 		Members: members, Events: events{m}, Log: slog.New(slog.DiscardHandler),
-	})
-	if m.password != nil {
-		a.Password = func(context.Context, string) (string, error) { return m.password() }
 	}
+	if m.password != nil {
+		o.Password = func(context.Context, string) (string, error) { return m.password() }
+	}
+	if m.options != nil {
+		m.options(&o)
+	}
+	a := NewAgent(o)
 	done := make(chan error, 1)
 	go func() { done <- a.Run(ctx) }()
 	return running{a, sync.OnceFunc(func() {

@@ -93,6 +93,7 @@ func Translate(svc *corev1.Service, endpointSlices []*endpointSlice, n NodeView,
 	t := translation{svc: svc, node: n, terms: terms, families: familiesOf(svc)}
 	t.Wish.Drain = terms.Drain
 	t.Reach = map[corev1.IPFamily]map[string]bool{}
+	t.ports = map[ipvs.Frontend]*corev1.ServicePort{}
 	if svc.Spec.SessionAffinity == corev1.ServiceAffinityClientIP {
 		t.persistence = affinitySeconds(svc)
 	}
@@ -133,7 +134,8 @@ type translation struct {
 	families                     []corev1.IPFamily
 	persistence                  uint32
 	externalLocal, internalLocal bool
-	restricted                   map[corev1.IPFamily]bool // whether sources are restricted at all
+	ports                        map[ipvs.Frontend]*corev1.ServicePort // that have a frontend
+	restricted                   map[corev1.IPFamily]bool              // whether sources are restricted at all
 	sources                      map[corev1.IPFamily][]netip.Prefix
 }
 
@@ -187,6 +189,11 @@ func (t *translation) serve(port *corev1.ServicePort, protocol ipvs.Protocol, fa
 			return ipvs.Frontend{}, false
 		}
 		f := ipvs.At(protocol, netip.AddrPortFrom(addr, uint16(number)))
+		if other, taken := t.ports[f]; taken && other != port { // such as a node port at an external IP that is the node's own
+			t.problem("FrontendConflict", "%s of port %q is served for port %q of the same Service already", f, port.Name, other.Name)
+			return f, false
+		}
+		t.ports[f] = port
 		t.addFrontend(f, reals, c.leaving)
 		if drop {
 			t.Wish.AddFrontend(ipvs.Dropped, f)
