@@ -207,7 +207,9 @@ func TestAgentPodWeights(t *testing.T) {
 			{"a weight", func() { inbox.Put(pod("a", "5")) }, []string{"-e -t 192.0.2.1:80 -r 10.244.1.2:8080 -m -w 5"}},
 			{"the same again", func() { inbox.Put(pod("a", "5")) }, nil},
 			{"of a pod that is no endpoint", func() { inbox.Put(pod("c", "5")) }, nil},
-			{"one that is none", func() { inbox.Put(pod("a", "heavy")) }, nil},
+			{"one that is none", func() { inbox.Put(pod("a", "heavy")) }, []string{
+				`Warning event on default/web: InvalidAnnotation: Pod default/a: annotation longshore.dev/weight: weight "heavy": must be a number from 0 to 65535`,
+			}},
 			{"0", func() { inbox.Put(pod("b", "0")) }, []string{"-e -t 192.0.2.1:80 -r 10.244.1.3:8080 -m -w 0"}},
 			{"both go", func() { inbox.Remove(pod("a", "")); inbox.Remove(pod("b", "")) }, []string{
 				"-e -t 192.0.2.1:80 -r 10.244.1.2:8080 -m -w 1", "-e -t 192.0.2.1:80 -r 10.244.1.3:8080 -m -w 1",
