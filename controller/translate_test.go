@@ -2,7 +2,6 @@ package controller
 
 import (
 	"bytes"
-	stdcmp "cmp"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -207,7 +206,9 @@ func decodeAny(document []byte) (Object, error) {
 	case *corev1.Node, *networkingv1.ServiceCIDR:
 		return o.(Object), nil
 	case *discoveryv1.EndpointSlice: // the API server lets more pass
-		o.Namespace = stdcmp.Or(o.Namespace, metav1.NamespaceDefault)
+		if o.Namespace == "" {
+			o.Namespace = metav1.NamespaceDefault
+		}
 		return o, nil
 	case *corev1.Pod:
 		pod := &metav1.PartialObjectMetadata{ObjectMeta: o.ObjectMeta}
