@@ -1,6 +1,6 @@
 // Command longshore balances Kubernetes Services over their endpoints with IPVS, and announces their LoadBalancer
 // addresses by ARP, NDP and BGP: `agent` on every node, `controller` once in a cluster, or `run` on a machine
-// without a cluster. `status` and `ipvsadm` show what it does.
+// without a cluster. `status` and `ipvsadm` show what it does, `cleanup` takes it back.
 package main
 
 import (
@@ -39,7 +39,7 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(agentCommand(), controllerCommand(), runCommand(), statusCommand(), ipvsadmCommand())
+	root.AddCommand(agentCommand(), controllerCommand(), runCommand(), statusCommand(), ipvsadmCommand(), cleanupCommand())
 	return root
 }
 

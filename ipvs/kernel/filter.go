@@ -401,14 +401,21 @@ func (ff *filterFamily) addRules(conn *nftables.Conn) {
 func (f *filter) observe(s *ipvs.State) error {
 	for _, ff := range f.families {
 		for _, set := range sets {
-			elements, err := f.conn.GetSetElements(ff.sets[set.name])
-			if err != nil {
-				return fmt.Errorf("list nftables set %s: %w", set.name, err)
-			}
-			if err := decodeElements(s, set.name, set.shape, elements, ff.ipv6()); err != nil {
-				return fmt.Errorf("list nftables set %s: %w", set.name, err)
+			if err := f.observeSet(s, ff, set.name, set.shape); err != nil {
+				return err
 			}
 		}
+	}
+	return nil
+}
+
+func (f *filter) observeSet(s *ipvs.State, ff *filterFamily, name ipvs.Set, shape setShape) error {
+	elements, err := f.conn.GetSetElements(ff.sets[name])
+	if err != nil {
+		return fmt.Errorf("list nftables set %s: %w", name, err)
+	}
+	if err := decodeElements(s, name, shape, elements, ff.ipv6()); err != nil {
+		return fmt.Errorf("list nftables set %s: %w", name, err)
 	}
 	return nil
 }

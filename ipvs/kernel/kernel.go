@@ -141,16 +141,10 @@ func (k *Kernel) Observe() (ipvs.State, error) {
 			return s, fmt.Errorf("list real servers: %w", err)
 		}
 	}
-	marks := map[ipvs.Frontend]bool{}
-	for e := range s.Elements {
-		if e.Set == ipvs.Shortcuts {
-			marks[ipvs.Frontend{Mark: e.Mark, IPv6: e.IPv6()}] = true
-		}
-	}
+	claimed := claims(s)
 	for _, v := range services {
 		f := v.Frontend
-		_, ours := s.Elements[ipvs.Element{Set: ipvs.Frontends, Frontend: f}]
-		if !ours && !marks[f] && !k.owned[f] {
+		if !claimed[f] && !k.owned[f] {
 			continue
 		}
 		k.owned[f] = true
@@ -164,6 +158,20 @@ func (k *Kernel) Observe() (ipvs.State, error) {
 	}
 	k.adopted = true
 	return s, nil
+}
+
+// claims is the frontends whose virtual servers are ours by what is in the sets.
+func claims(s ipvs.State) map[ipvs.Frontend]bool {
+	out := map[ipvs.Frontend]bool{}
+	for e := range s.Elements {
+		switch e.Set {
+		case ipvs.Frontends:
+			out[e.Frontend] = true
+		case ipvs.Shortcuts:
+			out[ipvs.Frontend{Mark: e.Mark, IPv6: e.IPv6()}] = true
+		}
+	}
+	return out
 }
 
 // realServers reads the real servers of one virtual server, and notes whether any has thresholds.
