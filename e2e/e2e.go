@@ -53,8 +53,9 @@ type Installation struct {
 	binary  string
 }
 
-// Install installs the chart in folder root and returns when every agent is ready. The program is bin/longshore there.
-func Install(ctx context.Context, l *lab.Lab, c *lab.Cluster, root string) (*Installation, error) {
+// Install installs the chart in folder root, with values such as a=b set, and returns when every agent is ready. The program
+// is bin/longshore there.
+func Install(ctx context.Context, l *lab.Lab, c *lab.Cluster, root string, set ...string) (*Installation, error) {
 	binary, err := onMemory(filepath.Join(root, "bin", "longshore"))
 	if err != nil {
 		return nil, err
@@ -62,19 +63,19 @@ func Install(ctx context.Context, l *lab.Lab, c *lab.Cluster, root string) (*Ins
 	i := &Installation{Lab: l, Cluster: c, binary: binary}
 	c.Image("longshore-lb/longshore", i.run)
 	if _, err := c.Helm(ctx, "install", "longshore", filepath.Join(root, "charts", "longshore"),
-		"--namespace", Namespace, "--create-namespace"); err != nil {
+		"--namespace", Namespace, "--create-namespace", "--set", strings.Join(set, ",")); err != nil {
 		return nil, err
 	}
 	return i, i.AwaitReady(ctx)
 }
 
-// onMemory copies the program to a tmpfs: in a virtual machine the host's files are slow to start from.
+// onMemory copies a program to a tmpfs: in a virtual machine the host's files are slow to start from.
 func onMemory(binary string) (string, error) {
 	content, err := os.ReadFile(binary)
 	if err != nil {
 		return "", fmt.Errorf("%w: build it with `make build`", err)
 	}
-	target := "/run/longshore-lab-bin/longshore"
+	target := filepath.Join("/run/longshore-lab-bin", filepath.Base(binary))
 	if have, err := os.ReadFile(target); err == nil && bytes.Equal(have, content) {
 		return target, nil
 	}

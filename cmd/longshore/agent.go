@@ -101,6 +101,8 @@ func agentCommand() *cobra.Command {
 	}
 	flags.add(c)
 	cluster.add(c)
+	takeOver := c.Flags().Bool("take-over-kube-proxy", false, "take over what a kube-proxy that has ended left in the kernel: go on with its virtual servers, "+
+		"and remove the rest once all Services are served")
 	logger := logFlags(c)
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		log, err := logger()
@@ -112,6 +114,11 @@ func agentCommand() *cobra.Command {
 			return err
 		}
 		defer func() { _ = lock.Close() }()
+		if *takeOver {
+			if err := adoptKubeProxy(data, log); err != nil {
+				return err
+			}
+		}
 		switch {
 		case cluster.kubeconfig != "" || flags.kubeconfig == "":
 		case inPod():
@@ -127,7 +134,7 @@ func agentCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return runClusterAgent(c.Context(), flags.node, conf, kube, data, log)
+		return runClusterAgent(c.Context(), flags.node, conf, kube, data, *takeOver, log)
 	}
 	return c
 }
@@ -158,7 +165,7 @@ func (f *agentFlags) begin(c *cobra.Command, log *slog.Logger) (config.Agent, *k
 	return conf, data, lock, nil
 }
 
-func runClusterAgent(ctx context.Context, node string, conf config.Agent, kube *controller.Kubernetes, data *kernel.Kernel, log *slog.Logger) error {
+func runClusterAgent(ctx context.Context, node string, conf config.Agent, kube *controller.Kubernetes, data *kernel.Kernel, takeOver bool, log *slog.Logger) error {
 	addrs, err := kube.NodeAddresses(ctx, node)
 	if err != nil {
 		return err
@@ -175,11 +182,14 @@ func runClusterAgent(ctx context.Context, node string, conf config.Agent, kube *
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return m.Run(ctx) })
 	group.Go(func() error { return kube.WatchForAgent(ctx, inbox) })
-	startAgent(ctx, group, controller.AgentOptions{
+	agent := startAgent(ctx, group, controller.AgentOptions{
 		Node: node, Config: conf, Inbox: inbox, DataPlane: data, Members: m,
 		Events: kube.Events(ctx, "longshore-agent", node), Password: kube.Password, Log: log,
 		WatchPods: func() { kube.WatchPods(ctx, inbox) },
 	})
+	if takeOver {
+		group.Go(func() error { removeKubeProxy(ctx, agent, data, log); return nil })
+	}
 	return ended(group.Wait())
 }
 
@@ -188,7 +198,7 @@ func runClusterAgent(ctx context.Context, node string, conf config.Agent, kube *
 const gcPercent = 50
 
 // startAgent starts an agent and the parts of it that do not depend on where its objects come from.
-func startAgent(ctx context.Context, group *errgroup.Group, o controller.AgentOptions) {
+func startAgent(ctx context.Context, group *errgroup.Group, o controller.AgentOptions) *controller.Agent {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
@@ -206,6 +216,7 @@ func startAgent(ctx context.Context, group *errgroup.Group, o controller.AgentOp
 	if o.Config.MetricsAddress != "" {
 		group.Go(func() error { return agent.ServeMetrics(ctx, o.Config.MetricsAddress) })
 	}
+	return agent
 }
 
 // onlyAgent makes sure that no other agent works on this machine: two would take each other's work back. The kernel
