@@ -13,6 +13,7 @@ need xz xz-utils
 need ip iproute2
 need nft nftables
 need ipvsadm ipvsadm
+need conntrack conntrack
 need tcpdump tcpdump
 arping --help 2>&1 | grep -q Habets || missing="$missing arping" # not the one of iputils
 need ndisc6 ndisc6

@@ -35,6 +35,8 @@ type world struct {
 	frr  *lab.FRR
 	bird *lab.BIRD
 	pods map[string]*lab.Pod // of the Deployment web, by the name they answer with
+
+	sctpBefore bool // whether the kernel's module sctp was loaded before longshore came
 }
 
 // TestScenarios shows what longshore does in a cluster of three nodes, whose pods are joined as LONGSHORE_LAB_PODS says
@@ -55,6 +57,18 @@ func TestScenarios(t *testing.T) {
 		{"OthersAreLeftAlone", othersAreLeftAlone},
 		{"BadInput", badInput},
 		{"DeletedService", deletedService},
+		{"ExternalPolicyLocal", externalPolicyLocal},
+		{"InternalPolicyLocal", internalPolicyLocal},
+		{"SourceRanges", sourceRanges},
+		{"Terminating", terminating},
+		{"Draining", draining},
+		{"UDPMoves", udpMoves},
+		{"SCTP", sctpIsServed},
+		{"Topology", topology},
+		{"Options", options},
+		{"KindsOfServices", kindsOfServices},
+		{"MasqueradePorts", masqueradePorts},
+		{"TamperedTables", tamperedTables},
 		{"ClusterDNS", clusterDNS},
 		{"SharedIngress", sharedIngress},
 		{"NetworkPolicy", networkPolicy},
@@ -89,12 +103,14 @@ func newWorld(t *testing.T, config lab.Config) *world {
 		t.Fatal(err)
 	}
 	step("control plane and nodes")
+	_, err = os.Stat("/sys/module/sctp")
+	sctpBefore := err == nil
 	i, err := Install(ctx, l, c, "..")
 	if err != nil {
 		t.Fatal(err)
 	}
 	step("longshore installed and ready")
-	w := &world{Installation: i, pods: map[string]*lab.Pod{}}
+	w := &world{Installation: i, pods: map[string]*lab.Pod{}, sctpBefore: sctpBefore}
 	if w.frr, err = l.Router.StartFRR(ctx, lab.RouterConfig(64512, 64513)); err != nil {
 		t.Fatal(err)
 	}

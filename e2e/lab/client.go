@@ -24,7 +24,7 @@ type Answer struct {
 	Took time.Duration  // from the first packet to the answer
 }
 
-// Ask connects from the host to a built-in server, over protocol tcp or udp, and returns its answer. It waits 3
+// Ask connects from the host to a built-in server, over protocol tcp, udp or sctp, and returns its answer. It waits 3
 // seconds at most.
 func (h *Host) Ask(ctx context.Context, protocol string, server netip.AddrPort) (Answer, error) {
 	began := time.Now()
@@ -115,6 +115,7 @@ func (c *conversation) echo(deadline time.Time) error {
 type Held struct {
 	Answer Answer // from when it was opened
 
+	conn   net.Conn
 	cancel context.CancelFunc
 	done   chan struct{}
 	mu     sync.Mutex
@@ -136,7 +137,7 @@ func (h *Host) Hold(ctx context.Context, protocol string, server netip.AddrPort,
 		return nil, fmt.Errorf("hold %s/%s: %w", server, protocol, err)
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	d := &Held{Answer: answer, cancel: cancel, done: make(chan struct{})}
+	d := &Held{Answer: answer, conn: conn.Conn, cancel: cancel, done: make(chan struct{})}
 	go func() {
 		defer close(d.done)
 		defer conn.Close()
@@ -175,6 +176,19 @@ func (d *Held) Report() Report {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.report
+}
+
+// Reset ends a TCP connection at once and without a farewell that somebody would wait for (SO_LINGER of 0, socket(7)).
+func (d *Held) Reset() error {
+	tcp, ok := d.conn.(*net.TCPConn)
+	if !ok {
+		return errors.New("only TCP has resets")
+	}
+	if err := tcp.SetLinger(0); err != nil {
+		return err
+	}
+	d.Release()
+	return nil
 }
 
 // Release closes the connection, after the line under way has come back, and reports.

@@ -66,12 +66,18 @@ func output(cmd *exec.Cmd, what string) (string, error) {
 // goroutines that open sockets.
 func (h *Host) Do(f func() error) error { return h.run(f) }
 
-// DialContext connects from the host to an address, which must be numeric. It fits net/http and client-go.
+// DialContext connects from the host to an address, which must be numeric, over a protocol of package net or sctp. It
+// fits net/http and client-go.
 func (h *Host) DialContext(ctx context.Context, protocol, address string) (conn net.Conn, err error) {
-	if _, err := netip.ParseAddrPort(address); err != nil {
+	to, err := netip.ParseAddrPort(address)
+	if err != nil {
 		return nil, fmt.Errorf("dial from %s: %w", h.Name, err)
 	}
 	err = h.run(func() (err error) {
+		if protocol == "sctp" {
+			conn, err = dialSCTP(ctx, h.Addr(to.Addr().Is6()), to)
+			return err
+		}
 		conn, err = new(net.Dialer).DialContext(ctx, protocol, address)
 		return err
 	})

@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// serveEnv makes this program the built-in server; its value is the server's name and the ports: "web-1 80/TCP 53/UDP".
+// serveEnv makes this program the built-in server; its value is the server's name and the ports: "web-1 80/TCP 53/UDP 9/SCTP".
 const serveEnv = "LONGSHORE_LAB_SERVE"
 
 // Main makes this program the pods' built-in server if the lab started it as one; then it does not return. Call it
@@ -46,7 +46,7 @@ func (h *Host) Serve(name string, ports ...string) (*Process, error) {
 	return h.Start(Exec{Name: name, Path: self, Env: []string{serveEnv + "=" + name + " " + strings.Join(ports, " ")}})
 }
 
-// serve is the built-in server. Over TCP it greets with "NAME saw CLIENT at SERVER" and echoes lines; over UDP it
+// serve is the built-in server. Over TCP and SCTP it greets with "NAME saw CLIENT at SERVER" and echoes lines; over UDP it
 // answers every packet with the greeting and the packet's text. When ctx ends it takes no new connections and
 // returns after the last one is closed.
 func serve(ctx context.Context, spec []string) error {
@@ -61,8 +61,10 @@ func serve(ctx context.Context, spec []string) error {
 			group.Go(func() error { return serveTCP(ctx, spec[0], port) })
 		case "UDP":
 			group.Go(func() error { return serveUDP(ctx, spec[0], port) })
+		case "SCTP":
+			group.Go(func() error { return serveSCTP(ctx, spec[0], port) })
 		default:
-			return fmt.Errorf("%s: port %q: protocol must be TCP or UDP", serveEnv, s)
+			return fmt.Errorf("%s: port %q: protocol must be TCP, UDP or SCTP", serveEnv, s)
 		}
 	}
 	return group.Wait()
@@ -73,6 +75,10 @@ func serveTCP(ctx context.Context, name, port string) error {
 	if err != nil {
 		return err
 	}
+	return serveConnections(ctx, name, listener)
+}
+
+func serveConnections(ctx context.Context, name string, listener net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { listener.Close() })
 	defer stop()
 	var open sync.WaitGroup
