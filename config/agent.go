@@ -41,7 +41,7 @@ type Agent struct {
 	NodePortAddresses []netip.Prefix // which addresses of the node serve node ports; empty = all
 	NodePortPrimary   bool           // only the node's main address of each family does; NodePortAddresses is empty then
 	PodCIDRs          []netip.Prefix // whose sources count as pods of this node; empty = the node's spec.podCIDRs
-	MasqueradeAll     bool           // clients are hidden behind the node at every frontend
+	MasqueradeAll     bool           // clients of cluster IPs are hidden behind the node, pods too
 	DrainTimeout      time.Duration  // how long an endpoint that goes keeps its open connections, at most 24h; 0 = not at all
 	AuditPeriod       time.Duration  // how often the whole kernel state is compared, at least 10s; 0 = never
 	Kernel            KernelSettings

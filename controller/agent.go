@@ -105,6 +105,9 @@ const (
 // upkeepEvery is how often real servers that drain, or start slowly, are looked at.
 const upkeepEvery = time.Second
 
+// manyServices is from how many Services on a pass about everything takes memory that is worth giving back.
+const manyServices = 1000
+
 // firstChunk is how many Services the first pass brings into the kernel at a time: those that come first are served
 // first, and what is held in memory for a chunk is small.
 const firstChunk = 256
@@ -209,7 +212,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer upkeep.Stop()
 	audit, stop := every(a.Config.AuditPeriod)
 	defer stop()
-	full := true // compare with the kernel itself, not with what it was told before
+	full := true       // compare with the kernel itself, not with what it was told before
+	var last time.Time // when the last pass began
 	for {
 		again, tick := false, false
 		select {
@@ -224,7 +228,8 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-settle:
 			a.settled, again = true, true
 		case <-upkeep.C:
-			if a.desired.Draining() == 0 && len(a.ramping) == 0 {
+			idle := a.desired.Draining() == 0 && len(a.ramping) == 0
+			if idle || full && time.Since(last) < retryAfter { // a full pass each second would be too much
 				continue
 			}
 			tick = true
@@ -236,14 +241,15 @@ func (a *Agent) Run(ctx context.Context) error {
 		if !synced {
 			continue
 		}
+		last = time.Now()
 		if err := a.pass(ctx, changes, full, again, tick); err != nil {
 			a.Log.Error("pass failed, trying again", "error", err, "after", retryAfter)
 			full = true
 			retry.Reset(retryAfter)
 			continue
 		}
-		if full { // it was about everything, and what that took is not needed until the next one
-			debug.FreeOSMemory()
+		if full && len(a.services) >= manyServices {
+			debug.FreeOSMemory() // what a pass about everything took is not needed until the next one
 		}
 		full = len(a.failures) > 0 // what failed is not forgotten by a pass about something else
 		switch {
@@ -318,7 +324,13 @@ func (a *Agent) begin(p *passed, t touched) (err error) {
 	a.metrics.found(p.observed)
 	step(a.desired.ReplaceAll(map[string]ipvs.Wish{nodeOwner: TranslateNode(a.node)}, time.Now()))
 	names := slices.SortedFunc(maps.Keys(t.services), a.inOrderOfNeed)
-	for chunk := range slices.Chunk(names, firstChunk) {
+	for len(names) > 0 {
+		n := 0
+		for n < min(len(names), firstChunk) && a.need(names[n]) == a.need(names[0]) {
+			n++
+		}
+		chunk := names[:n]
+		names = names[n:]
 		wishes := map[string]ipvs.Wish{}
 		for _, name := range chunk {
 			wishes[name.String()] = a.translate(name)
@@ -334,19 +346,21 @@ func (a *Agent) begin(p *passed, t touched) (err error) {
 // nodeOwner owns what the kernel holds whatever Services there are.
 const nodeOwner = "node"
 
-// inOrderOfNeed puts the API server first, then the cluster's DNS, then all others by name.
-func (a *Agent) inOrderOfNeed(m, n types.NamespacedName) int {
-	rank := func(name types.NamespacedName) int {
-		svc := a.snapshot.services[name]
-		switch {
-		case name == types.NamespacedName{Namespace: metav1.NamespaceDefault, Name: "kubernetes"}:
-			return 0
-		case svc != nil && svc.Labels["k8s-app"] == "kube-dns":
-			return 1
-		}
-		return 2
+// need tells how much else depends on a Service: the API server's 0, the cluster's DNS 1, all others 2.
+func (a *Agent) need(name types.NamespacedName) int {
+	svc := a.snapshot.services[name]
+	switch {
+	case name == types.NamespacedName{Namespace: metav1.NamespaceDefault, Name: "kubernetes"}:
+		return 0
+	case svc != nil && svc.Labels["k8s-app"] == "kube-dns":
+		return 1
 	}
-	return cmp.Or(cmp.Compare(rank(m), rank(n)), compareNames(m, n))
+	return 2
+}
+
+// inOrderOfNeed puts what others depend on first.
+func (a *Agent) inOrderOfNeed(m, n types.NamespacedName) int {
+	return cmp.Or(cmp.Compare(a.need(m), a.need(n)), compareNames(m, n))
 }
 
 // update is every pass but the first.

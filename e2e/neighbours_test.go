@@ -369,7 +369,7 @@ spec:
   ports: [{name: udp, port: 53, targetPort: 8053, protocol: UDP}]
 `
 
-func backend(name string) string {
+func backendOf(name string) string {
 	return fmt.Sprintf(`
 apiVersion: apps/v1
 kind: Deployment
@@ -399,7 +399,7 @@ func sharedIngress(t *testing.T, w *world) {
 	goneAfter(t, w, "default", "app=ingress")
 	goneAfter(t, w, "default", "tier=backend")
 	applyFor(t, w, pools)
-	applyFor(t, w, backend("a")+backend("b"))
+	applyFor(t, w, backendOf("a")+backendOf("b"))
 	applyFor(t, w, account("default", "ingress", `
 - {apiGroups: [""], resources: [services, nodes, secrets], verbs: [get, list, watch]}
 - {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}

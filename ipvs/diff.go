@@ -135,15 +135,15 @@ func difference(observed, desired State) (add, del []Operation) {
 	if n := desired.size() - observed.size(); n > 0 {
 		add = make([]Operation, 0, n)
 	}
-	var turned map[Frontend]bool // shortcuts that lead to another mark now
+	var added map[Element][]Element // to sets whose elements may be in each other's way
 	for e := range desired.Elements {
 		if _, ok := observed.Elements[e]; !ok {
 			add = append(add, Operation{Verb: Add, Kind: KindElement, Element: e})
-			if e.Set == Shortcuts {
-				if turned == nil {
-					turned = map[Frontend]bool{}
+			if e.exclusive() {
+				if added == nil {
+					added = map[Element][]Element{}
 				}
-				turned[e.Frontend] = true
+				added[e.key()] = append(added[e.key()], e)
 			}
 		}
 	}
@@ -152,8 +152,8 @@ func difference(observed, desired State) (add, del []Operation) {
 			continue
 		}
 		o := Operation{Verb: Delete, Kind: KindElement, Element: e}
-		if e.Set == Shortcuts && turned[e.Frontend] {
-			add = append(add, o) // a map holds a key once: the old value goes in the same transaction
+		if slices.ContainsFunc(added[e.key()], e.excludes) {
+			add = append(add, o) // what is in the way goes in the same transaction
 		} else {
 			del = append(del, o)
 		}
@@ -190,6 +190,23 @@ func order(add, del []Operation) []Operation {
 	slices.SortFunc(add, Operation.compare)
 	slices.SortFunc(del, func(a, b Operation) int { return b.compare(a) })
 	return append(add, del...)
+}
+
+// exclusive tells whether an element's set holds no two that are alike: a map holds a key once, and ranges do not overlap.
+func (e Element) exclusive() bool {
+	switch e.Set {
+	case Shortcuts, Allowed, ServiceCIDRs, Pods, Kept:
+		return true
+	}
+	return false
+}
+
+// key is what elements that may exclude each other have in common.
+func (e Element) key() Element { return Element{Set: e.Set, Frontend: e.Frontend} }
+
+// excludes tells whether two elements of one key cannot be in their set at the same time.
+func (e Element) excludes(f Element) bool {
+	return e.exclusive() && (!e.Prefix.IsValid() || e.Prefix.Overlaps(f.Prefix))
 }
 
 // size is how many objects a state has.
@@ -229,8 +246,8 @@ func (o Operation) compare(p Operation) int {
 		return cmp.Or(
 			cmp.Compare(o.Element.Set, p.Element.Set),
 			o.Element.Frontend.Compare(p.Element.Frontend),
+			cmp.Compare(p.Verb, o.Verb), // delete what is in the way, then add
 			o.Element.Prefix.Compare(p.Element.Prefix),
-			cmp.Compare(p.Verb, o.Verb), // of one key of a map: delete, then add
 		)
 	case KindRoute:
 		return o.Route.Compare(p.Route)

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
@@ -447,6 +448,8 @@ func (f *filter) apply(ops []ipvs.Operation) error {
 		}
 		change(f.families[family].sets[o.Element.Set], o.Verb, o.Element)
 	}
+	// Deletions first: the key of a map, or an overlapping range, may come again in the same transaction.
+	slices.SortStableFunc(order, func(a, b target) int { return cmp.Compare(b.verb, a.verb) })
 	for _, t := range order {
 		update := f.conn.SetAddElements
 		if t.verb == ipvs.Delete {

@@ -215,7 +215,7 @@ func (k *Kernel) Apply(ops []ipvs.Operation) []ipvs.Failure {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	var failed []ipvs.Failure
-	absent := map[ipvs.Frontend]error{} // virtual servers that could not be added
+	absent := map[ipvs.Frontend]error{} // virtual servers that could not be added, or not be marked as ours
 	for len(ops) > 0 {
 		n := 1
 		for n < len(ops) && ops[n].Kind == ops[0].Kind {
@@ -240,8 +240,8 @@ func (k *Kernel) Apply(ops []ipvs.Operation) []ipvs.Failure {
 				continue
 			}
 			failed = append(failed, ipvs.Failure{Operation: run[i], Err: fmt.Errorf("%s: %w", run[i], err)})
-			if run[i].Kind == ipvs.KindVirtualServer && run[i].Verb == ipvs.Add {
-				absent[run[i].VirtualServer.Frontend] = err
+			if f := adds(run[i]); f != (ipvs.Frontend{}) {
+				absent[f] = err
 			}
 		}
 	}
@@ -310,20 +310,39 @@ func settled(o ipvs.Operation, err error) error {
 	return err
 }
 
-// disown takes the mark of ownership off frontends whose virtual server turned out to be somebody else's.
+// adds is the virtual server that an operation adds, or marks as ours; zero if it does neither.
+func adds(o ipvs.Operation) ipvs.Frontend {
+	switch {
+	case o.Verb != ipvs.Add:
+	case o.Kind == ipvs.KindVirtualServer:
+		return o.VirtualServer.Frontend
+	case o.Kind == ipvs.KindElement && o.Element.Set == ipvs.Frontends:
+		return o.Element.Frontend
+	case o.Kind == ipvs.KindElement && o.Element.Set == ipvs.Shortcuts:
+		return ipvs.Frontend{Mark: o.Element.Mark, IPv6: o.Element.IPv6()}
+	}
+	return ipvs.Frontend{}
+}
+
+// disown takes the mark of ownership off frontends whose virtual server could not be added. It may be somebody else's; and
+// the filter would let packets in that a process of the node would then get.
 func (k *Kernel) disown(failed []ipvs.Failure) {
+	unmarked := map[ipvs.Frontend]bool{}
 	var ops []ipvs.Operation
 	for _, f := range failed {
-		if f.Operation.Kind == ipvs.KindVirtualServer && f.Operation.VirtualServer.Frontend.Mark == 0 && errors.Is(f.Err, ipvs.ErrForeign) {
+		switch o := f.Operation; {
+		case o.Kind == ipvs.KindElement && o.Verb == ipvs.Add:
+			unmarked[o.Element.Frontend] = true
+		case o.Kind == ipvs.KindVirtualServer && o.Verb == ipvs.Add && o.VirtualServer.Frontend.Mark == 0 && !unmarked[o.VirtualServer.Frontend]:
 			ops = append(ops, ipvs.Operation{Verb: ipvs.Delete, Kind: ipvs.KindElement,
-				Element: ipvs.Element{Set: ipvs.Frontends, Frontend: f.Operation.VirtualServer.Frontend}})
+				Element: ipvs.Element{Set: ipvs.Frontends, Frontend: o.VirtualServer.Frontend}})
 		}
 	}
 	if len(ops) == 0 {
 		return
 	}
 	if err := k.filter.apply(ops); err != nil {
-		k.log.Error("cannot disown frontends of others", "error", err)
+		k.log.Error("cannot disown frontends without a virtual server", "error", err)
 	}
 }
 
