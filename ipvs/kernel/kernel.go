@@ -148,8 +148,8 @@ func (k *Kernel) Observe() (ipvs.State, error) {
 			continue
 		}
 		k.owned[f] = true
-		reals := listed[f]
-		if !k.adopted || k.limited[f] {
+		reals, complete := listed[f]
+		if !complete || k.limited[f] {
 			if reals, err = k.realServers(f); err != nil {
 				return s, err
 			}

@@ -308,6 +308,25 @@ func TestOthersAreLeftAlone(t *testing.T) {
 	}
 }
 
+// TestOtherNamespaces: the kernel's list of real servers is not whole where there are virtual servers of other namespaces.
+func TestOtherNamespaces(t *testing.T) {
+	var want ipvs.State
+	for i := range 100 {
+		f := ipvs.At(ipvs.TCP, netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 97, byte(i >> 8), byte(i)}), 80))
+		want.AddVirtualServer(ipvs.VirtualServer{Frontend: f, Scheduler: "rr"}, real("10.244.1.3:80", 1), real("10.244.2.3:80", 1))
+		want.AddFrontend(ipvs.Frontends, f)
+	}
+	for range 2 {
+		k := open(t) // the second is of another namespace
+		apply(t, k, ipvs.Diff(ipvs.State{}, want))
+		for range 2 { // by netlink, then by the list
+			if left := ipvs.Diff(observe(t, k), want); len(left) > 0 {
+				t.Errorf("%d differences after Apply, the first: %s", len(left), left[0])
+			}
+		}
+	}
+}
+
 // TestManyElements puts more into one transaction than a socket takes by default.
 func TestManyElements(t *testing.T) {
 	k := open(t)

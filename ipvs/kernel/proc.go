@@ -15,10 +15,12 @@ import (
 
 // procTable is the kernel's own list of virtual and real servers in the network namespace of the reader
 // (net/netfilter/ipvs/ip_vs_ctl.c, ip_vs_info_seq_show). It tells all real servers many times faster than netlink, which
-// needs a request for each virtual server, but neither thresholds nor tunnels.
+// needs a request for each virtual server, but neither thresholds nor tunnels. Where other network namespaces of the machine have
+// virtual servers too, it leaves some out: between two reads the kernel counts theirs and skips as many of ours. A virtual
+// server that is listed is listed with all its real servers.
 const procTable = "/proc/thread-self/net/ip_vs"
 
-// readRealServers reads the real servers of every virtual server from procTable.
+// readRealServers reads the real servers of the virtual servers that procTable lists.
 func readRealServers() (map[ipvs.Frontend][]ipvs.RealServer, error) {
 	f, err := os.Open(procTable)
 	if err != nil {
@@ -31,7 +33,7 @@ func readRealServers() (map[ipvs.Frontend][]ipvs.RealServer, error) {
 var forwardings = map[string]ipvs.Forwarding{"Masq": ipvs.Masq, "Local": ipvs.Local, "Tunnel": ipvs.Tunnel, "Route": ipvs.Droute}
 
 // parseRealServers reads what procTable prints. The virtual server of a mark is filed under the family of its real
-// servers, which the kernel does not tell otherwise.
+// servers, which the kernel does not tell otherwise; without any it is left out.
 func parseRealServers(r io.Reader) (map[ipvs.Frontend][]ipvs.RealServer, error) {
 	out := map[ipvs.Frontend][]ipvs.RealServer{}
 	var at ipvs.Frontend
@@ -49,7 +51,9 @@ func parseRealServers(r io.Reader) (map[ipvs.Frontend][]ipvs.RealServer, error) 
 				out[at] = append(out[at], real)
 			}
 		} else {
-			at, err = parseFrontend(string(fields[0]), string(fields[1]))
+			if at, err = parseFrontend(string(fields[0]), string(fields[1])); at.Mark == 0 {
+				out[at] = nil
+			}
 		}
 		if err != nil {
 			return nil, fmt.Errorf("%s, line %d, %q: %w", procTable, n, lines.Text(), err)
