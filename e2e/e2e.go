@@ -53,9 +53,8 @@ type Installation struct {
 	binary  string
 }
 
-// Install installs the chart in folder root, with values such as a=b set, and returns when every agent is ready. The program
-// is bin/longshore there.
-func Install(ctx context.Context, l *lab.Lab, c *lab.Cluster, root string, set ...string) (*Installation, error) {
+// Install installs the chart in folder root and returns when every agent is ready. The program is bin/longshore there.
+func Install(ctx context.Context, l *lab.Lab, c *lab.Cluster, root string) (*Installation, error) {
 	binary, err := onMemory(filepath.Join(root, "bin", "longshore"))
 	if err != nil {
 		return nil, err
@@ -63,7 +62,7 @@ func Install(ctx context.Context, l *lab.Lab, c *lab.Cluster, root string, set .
 	i := &Installation{Lab: l, Cluster: c, binary: binary}
 	c.Image("longshore-lb/longshore", i.run)
 	if _, err := c.Helm(ctx, "install", "longshore", filepath.Join(root, "charts", "longshore"),
-		"--namespace", Namespace, "--create-namespace", "--set", strings.Join(set, ",")); err != nil {
+		"--namespace", Namespace, "--create-namespace"); err != nil {
 		return nil, err
 	}
 	return i, i.AwaitReady(ctx)

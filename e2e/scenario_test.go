@@ -118,30 +118,24 @@ func newWorld(t *testing.T, config lab.Config) *world {
 		t.Fatal(err)
 	}
 	apply(t, w, web)
-	w.awaitPods(t)
-	step("routers and pods")
-	return w
-}
-
-// awaitPods waits until the pods of the Deployment web are ready, and notes them.
-func (w *world) awaitPods(t *testing.T) {
-	t.Helper()
 	await(t, "6 ready pods", func(ctx context.Context) error {
-		d, err := w.Cluster.Client().AppsV1().Deployments("default").Get(ctx, "web", metav1.GetOptions{})
+		d, err := c.Client().AppsV1().Deployments("default").Get(ctx, "web", metav1.GetOptions{})
 		if err == nil && d.Status.ReadyReplicas != 6 {
 			err = fmt.Errorf("%d are ready", d.Status.ReadyReplicas)
 		}
 		return err
 	})
-	list, err := w.Cluster.Client().CoreV1().Pods("default").List(t.Context(), metav1.ListOptions{LabelSelector: "app=web"})
+	list, err := c.Client().CoreV1().Pods("default").List(ctx, metav1.ListOptions{LabelSelector: "app=web"})
 	if err != nil {
 		t.Fatal(err)
 	}
+	step("routers and pods")
 	for _, o := range list.Items {
-		if w.pods["default-"+o.Name], err = w.Cluster.Pod("default", o.Name); err != nil {
+		if w.pods["default-"+o.Name], err = c.Pod("default", o.Name); err != nil {
 			t.Fatal(err)
 		}
 	}
+	return w
 }
 
 // podOn is a pod of the Deployment web that runs on a node.

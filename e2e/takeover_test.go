@@ -5,45 +5,111 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"github.com/longshore-lb/longshore/e2e/lab"
 )
 
-// TestTakeOver puts longshore in the place of a kube-proxy of each mode, and takes it away again: open connections go on and
-// no request is lost on the way there. After the first mode every kube-proxy starts on what longshore has left.
-func TestTakeOver(t *testing.T) {
-	ctx := t.Context()
-	l := lab.ForTest(t, lab.Config{Nodes: 2})
-	c, err := l.StartCluster(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	w := &world{Installation: &Installation{Lab: l, Cluster: c}, pods: map[string]*lab.Pod{}}
-	apply(t, w, Web+`
+// takeOverService has a frontend of every kind at an address of kube-proxy's interface, and node ports.
+const takeOverService = `
+apiVersion: v1
+kind: Namespace
+metadata: {name: longshore-system}
+---
+apiVersion: v1
+kind: Secret
+metadata: {name: longshore-members, namespace: longshore-system}
+stringData: {key: 0123456789abcdef0123456789abcdef}
+---
 apiVersion: v1
 kind: Service
 metadata: {name: web}
 spec:
   type: NodePort
-  selector: {app: web}
   ipFamilyPolicy: RequireDualStack
   externalIPs: [192.0.2.77]
   ports:
   - {name: tcp, port: 80, targetPort: 8080}
   - {name: udp, port: 80, targetPort: 8080, protocol: UDP}
-`)
-	w.awaitPods(t)
-	for _, mode := range []string{"ipvs", "iptables", "nftables"} {
-		t.Run(mode, func(t *testing.T) {
-			began := time.Now()
-			takeOver(t, w, mode)
-			t.Logf("took %v", time.Since(began).Round(100*time.Millisecond))
-		})
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-4, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: tcp, port: 8080}, {name: udp, port: 8080, protocol: UDP}]
+endpoints: [%s]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-6, labels: {kubernetes.io/service-name: web}}
+addressType: IPv6
+ports: [{name: tcp, port: 8080}, {name: udp, port: 8080, protocol: UDP}]
+endpoints: [%s]
+`
+
+// takeOverPods is how many endpoints the Service has on each node.
+const takeOverPods = 2
+
+// TestTakeOver puts longshore in the place of a kube-proxy of each mode, and takes it away again: on the way there open
+// connections go on and no request is lost. From the second mode on, kube-proxy starts on what longshore's removal has left.
+// The API server is alone: who else would need a node's processor is not there.
+func TestTakeOver(t *testing.T) {
+	ctx := t.Context()
+	l := lab.ForTest(t, lab.Config{Nodes: 2})
+	c, err := l.StartAPI(ctx, l.Nodes...)
+	if err != nil {
+		t.Fatal(err)
 	}
+	w := &takeOverWorld{Lab: l, Cluster: c, pods: map[*lab.Node]*lab.Host{}}
+	var v4, v6 []string
+	for _, n := range l.Nodes {
+		for i := range takeOverPods {
+			name := fmt.Sprintf("web-%s-%d", n.Name, i)
+			pod, err := n.AddPod(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := pod.Serve(name, "8080/TCP", "8080/UDP"); err != nil {
+				t.Fatal(err)
+			}
+			w.pods[n] = pod
+			v4 = append(v4, fmt.Sprintf("{addresses: ['%s'], nodeName: %s}", pod.V4, n.Name))
+			v6 = append(v6, fmt.Sprintf("{addresses: ['%s'], nodeName: %s}", pod.V6, n.Name))
+		}
+	}
+	texts := []string{fmt.Sprintf(takeOverService, strings.Join(v4, ", "), strings.Join(v6, ", "))}
+	definitions, err := filepath.Glob("../charts/longshore/crds/*.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range definitions {
+		content, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		texts = append(texts, string(content))
+	}
+	for _, text := range texts {
+		if err := c.Apply(ctx, text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, mode := range []string{"ipvs", "iptables", "nftables"} {
+		t.Run(mode, func(t *testing.T) { w.takeOver(t, mode) })
+	}
+}
+
+type takeOverWorld struct {
+	*lab.Lab
+	*lab.Cluster
+	pods map[*lab.Node]*lab.Host // one on each node
 }
 
 // others is what somebody else has on a node, and must keep: rules in the tables that kube-proxy used, and a chain of
@@ -63,7 +129,7 @@ const listOthers = `iptables-save -t nat | grep -e MINE -e CANARY; ip6tables-sav
 const leftovers = `(iptables-save; ip6tables-save) | grep -e KUBE- | grep -v -e KUBE-FIREWALL -e KUBE-KUBELET-CANARY -e MINE
 ip -o link show kube-ipvs0 2>/dev/null; ipset list -n | grep KUBE; nft list tables | grep kube-proxy; true`
 
-func takeOver(t *testing.T, w *world, mode string) {
+func (w *takeOverWorld) takeOver(t *testing.T, mode string) {
 	ctx := t.Context()
 	program, err := lab.Program("kube-proxy")
 	if err != nil {
@@ -72,7 +138,8 @@ func takeOver(t *testing.T, w *world, mode string) {
 	if program, err = onMemory(program); err != nil {
 		t.Fatal(err)
 	}
-	if w.binary, err = onMemory("../bin/longshore"); err != nil {
+	binary, err := onMemory("../bin/longshore")
+	if err != nil {
 		t.Fatal(err)
 	}
 	shell := func(n *lab.Node, text string) string {
@@ -85,38 +152,60 @@ func takeOver(t *testing.T, w *world, mode string) {
 	}
 	began := time.Now()
 	step := func(what string) { t.Logf("%5.1f s: %s", time.Since(began).Seconds(), what) }
+	t.Cleanup(func() {
+		for _, n := range w.Nodes {
+			if t.Failed() {
+				out, err := n.Run(context.WithoutCancel(ctx), "sh", "-c", "ipvsadm -Ln; ip -o address show dev kube-ipvs0; nft list ruleset")
+				t.Logf("%s at the end (%v):\n%s", n.Name, err, out)
+			}
+		}
+	})
 
 	var proxies []*lab.Process
-	for _, n := range w.Lab.Nodes {
+	for _, n := range w.Nodes {
 		p, err := n.Start(lab.Exec{Name: "kube-proxy-" + mode + "-" + n.Name, Path: program, Args: []string{
-			"--kubeconfig", w.Cluster.AdminKubeconfig(), "--hostname-override", n.Name, "--proxy-mode", mode, "--cluster-cidr", "10.244.0.0/16,fd44::/16",
+			"--kubeconfig", w.AdminKubeconfig(), "--hostname-override", n.Name, "--proxy-mode", mode, "--cluster-cidr", "10.244.0.0/16,fd44::/16",
 			"--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0s", "--conntrack-tcp-timeout-close-wait=0s", // the machine's, not the node's
 		}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		proxies = append(proxies, p)
+		t.Cleanup(p.Kill)
 	}
 	type path struct {
 		from     *lab.Host
 		protocol string
 		at       netip.AddrPort
 	}
-	var paths []path
-	ports := w.service(t, "web").Spec.Ports
-	for i, n := range w.Lab.Nodes {
-		ipv6 := i == 1
-		for _, p := range ports {
-			paths = append(paths,
-				path{w.Lab.Client, p.Name, netip.AddrPortFrom(n.Addr(ipv6), uint16(p.NodePort))},
-				path{w.podOn(t, n).Host, p.Name, netip.AddrPortFrom(w.clusterIP(t, "web", ipv6), 80)},
-				path{n.Host, p.Name, netip.AddrPortFrom(w.clusterIP(t, "web", ipv6), 80)},
-			)
-		}
+	svc, err := w.Cluster.Client().CoreV1().Services("default").Get(ctx, "web", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
 	}
-	paths = append(paths, path{w.podOn(t, w.Lab.Nodes[0]).Host, "tcp", netip.MustParseAddrPort("192.0.2.77:80")})
+	var paths []path
+	for i, n := range w.Nodes { // the first serves IPv4, the second IPv6
+		cluster := netip.AddrPortFrom(netip.MustParseAddr(svc.Spec.ClusterIPs[i]), 80)
+		for _, p := range svc.Spec.Ports {
+			paths = append(paths,
+				path{w.Lab.Client, p.Name, netip.AddrPortFrom(n.Addr(cluster.Addr().Is6()), uint16(p.NodePort))},
+				path{w.pods[n], p.Name, cluster})
+		}
+		paths = append(paths, path{n.Host, "tcp", cluster})
+	}
+	paths = append(paths, path{w.pods[w.Nodes[0]], "tcp", netip.MustParseAddrPort("192.0.2.77:80")})
 	for _, p := range paths {
-		spread(t, p.from, p.protocol, p.at, 6)
+		// Its first sync in mode ipvs runs a program for each entry of its ipsets, the masquerade of which comes last.
+		if err := lab.Await(ctx, fmt.Sprintf("kube-proxy to serve %s/%s", p.at, p.protocol), 5*time.Minute, func(ctx context.Context) error {
+			for range 4 * takeOverPods {
+				if _, err := p.from.Ask(ctx, p.protocol, p.at); err != nil {
+					return err
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		spread(t, p.from, p.protocol, p.at, 2*takeOverPods)
 	}
 	step("kube-proxy serves")
 
@@ -132,8 +221,12 @@ func takeOver(t *testing.T, w *world, mode string) {
 		}
 		asked = append(asked, ask(ctx, p.from, p.protocol, p.at))
 	}
-	n1 := w.Lab.Nodes[0]
-	out, err := n1.Run(ctx, w.binary, "agent", "--take-over-kube-proxy", "--kubeconfig", w.Cluster.AdminKubeconfig(), "--namespace", Namespace, "--status-socket", socket(n1))
+	n1 := w.Nodes[0]
+	agent := func(n *lab.Node) []string {
+		return []string{"agent", "--take-over-kube-proxy", "--node", n.Name, "--kubeconfig", w.AdminKubeconfig(), "--namespace", Namespace,
+			"--status-socket", socket(n), "--log-level", "debug"}
+	}
+	out, err := n1.Run(ctx, binary, agent(n1)...)
 	if err == nil || !strings.Contains(err.Error(), "it still runs on this node") {
 		t.Errorf("a take-over from a kube-proxy that runs: %v: %s", err, out)
 	}
@@ -142,7 +235,7 @@ func takeOver(t *testing.T, w *world, mode string) {
 			t.Fatal(err)
 		}
 	}
-	for _, n := range w.Lab.Nodes {
+	for _, n := range w.Nodes {
 		shell(n, "set -e"+others)
 		shell(n, "ipvsadm -A -t 192.0.2.9:80 -s sh && ipvsadm -a -t 192.0.2.9:80 -r 10.0.0.9:80 -m")
 	}
@@ -150,27 +243,31 @@ func takeOver(t *testing.T, w *world, mode string) {
 	counters := shell(n1, "ipvsadm -Ln --stats --exact")
 	step("kube-proxy has ended")
 
-	i, err := Install(ctx, w.Lab, w.Cluster, "..", "agent.takeOverKubeProxy=true")
-	if err != nil {
-		t.Fatal(err)
+	var agents []*lab.Process
+	for _, n := range w.Nodes {
+		p, err := n.Start(lab.Exec{Name: "longshore-" + mode + "-" + n.Name, Path: binary, Args: agent(n)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(p.Kill)
+		agents = append(agents, p)
 	}
-	w.Installation = i
-	step("longshore is ready")
-	for _, n := range w.Lab.Nodes {
-		await(t, "nothing of kube-proxy left on "+n.Name, func(ctx context.Context) error {
-			out, err := n.Run(ctx, "sh", "-c", leftovers)
-			if err == nil && out != "" {
-				err = errors.New(out)
-			}
-			return err
-		})
+	for _, p := range agents {
+		if err := p.AwaitOutput(ctx, `msg="took over from kube-proxy"`, 2*waitFor); err != nil {
+			t.Fatal(err)
+		}
 	}
-	step("nothing of kube-proxy is left")
+	step("longshore has taken over")
+	for _, n := range w.Nodes {
+		if left := shell(n, leftovers); left != "" {
+			t.Errorf("left of kube-proxy on %s:\n%s", n.Name, left)
+		}
+	}
 	if now := shell(n1, listOthers); now != theirs {
 		t.Errorf("what others have was\n%s\nand is now\n%s", theirs, now)
 	}
 	for _, p := range paths {
-		spread(t, p.from, p.protocol, p.at, 6)
+		spread(t, p.from, p.protocol, p.at, 2*takeOverPods)
 	}
 	step("longshore alone serves")
 	t.Logf("counters of n1 before:\n%s\nafter:\n%s", counters, shell(n1, "ipvsadm -Ln --stats --exact"))
@@ -185,20 +282,17 @@ func takeOver(t *testing.T, w *world, mode string) {
 	if saved := shell(n1, "ipvsadm -Sn"); !strings.Contains(saved, "192.0.2.9:80 -r 10.0.0.9:80") {
 		t.Errorf("somebody else's virtual server is gone:\n%s", saved)
 	}
-	compareWithIpvsadm(t, w)
+	compareTables(t, n1, binary)
 
 	// The way back.
-	if out, err := n1.Run(ctx, w.binary, "cleanup", "--status-socket", socket(n1)); err == nil || !strings.Contains(err.Error(), "nothing is removed: another agent runs") {
+	if out, err := n1.Run(ctx, binary, "cleanup", "--status-socket", socket(n1)); err == nil || !strings.Contains(err.Error(), "nothing is removed: another agent runs") {
 		t.Errorf("a cleanup under a running agent: %v: %s", err, out)
 	}
-	if _, err := w.Cluster.Helm(ctx, "uninstall", "longshore", "--namespace", Namespace, "--wait"); err != nil {
-		t.Fatal(err)
-	}
-	for _, n := range w.Lab.Nodes {
-		await(t, "a cleanup of "+n.Name, func(ctx context.Context) error {
-			_, err := n.Run(ctx, w.binary, "cleanup", "--status-socket", socket(n))
-			return err
-		})
+	for i, n := range w.Nodes {
+		if err := agents[i].Stop(); err != nil {
+			t.Fatal(err)
+		}
+		shell(n, binary+" cleanup --status-socket "+socket(n))
 		shell(n, "ipvsadm -D -t 192.0.2.9:80; iptables -t nat -D PREROUTING -j MINE; iptables -t nat -F MINE; iptables -t nat -X MINE; "+
 			"iptables -t nat -X KUBE-KUBELET-CANARY; ip6tables -D FORWARD -p tcp --dport 9 -j ACCEPT; ipset destroy MINE")
 		if left := shell(n, "ipvsadm -Sn; nft list tables | grep longshore; ip route show table all proto 196; ip -6 route show table all proto 196"); left != "" {

@@ -24,7 +24,7 @@ func adoptKubeProxy(data *kernel.Kernel, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("take over from kube-proxy: %w", err)
 	}
-	log.Info("taking over from kube-proxy", "virtual servers", n)
+	log.Info("taking over from kube-proxy", "adopted", n)
 	return nil
 }
 

@@ -79,12 +79,13 @@ func (k *Kernel) AdoptKubeProxy() (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	ports := map[string]map[uint16]bool{}
 	var ops []ipvs.Operation
 	for _, v := range services {
 		f := v.Frontend
 		theirs := bound[f.Addr.Addr()]
 		if !theirs && local[f.Addr.Addr()] {
-			if theirs, err = k.isKubeProxyNodePort(f); err != nil {
+			if theirs, err = k.isKubeProxyNodePort(f, ports); err != nil {
 				return 0, err
 			}
 		}
@@ -96,15 +97,30 @@ func (k *Kernel) AdoptKubeProxy() (int, error) {
 	return len(ops), k.filter.apply(ops)
 }
 
-// isKubeProxyNodePort tells whether kube-proxy has noted a port of this machine as a node port.
-func (k *Kernel) isKubeProxyNodePort(f ipvs.Frontend) (bool, error) {
-	name := kubeProxyIPSet(kubeProxyNodePorts[f.Protocol], f.IPv6)
-	protocol, port := uint8(f.Protocol), f.Addr.Port()
-	is, err := k.routes.IpsetTest(name, &netlink.IPSetEntry{IP: f.Addr.Addr().AsSlice(), Protocol: &protocol, Port: &port})
+// isKubeProxyNodePort tells whether kube-proxy has noted a port of this machine as a node port. It keeps in known what it
+// reads, by ipset.
+func (k *Kernel) isKubeProxyNodePort(f ipvs.Frontend, known map[string]map[uint16]bool) (bool, error) {
+	name, port := kubeProxyIPSet(kubeProxyNodePorts[f.Protocol], f.IPv6), f.Addr.Port()
+	var err error
+	if f.Protocol == ipvs.SCTP { // of type hash:ip,port, those of the others are bitmap:port
+		protocol := uint8(f.Protocol)
+		var is bool
+		if is, err = k.routes.IpsetTest(name, &netlink.IPSetEntry{IP: f.Addr.Addr().AsSlice(), Protocol: &protocol, Port: &port}); err == nil {
+			return is, nil
+		}
+	} else if known[name] == nil {
+		known[name] = map[uint16]bool{}
+		var set *netlink.IPSetResult
+		if set, err = k.routes.IpsetList(name); err == nil {
+			for _, e := range set.Entries {
+				known[name][*e.Port] = true
+			}
+		}
+	}
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return false, fmt.Errorf("look for port %d in ipset %s: %w", port, name, err)
 	}
-	return is, nil
+	return known[name][port], nil
 }
 
 // RemoveKubeProxy removes what kube-proxy of any mode has left, but for its virtual servers: its chains of iptables and

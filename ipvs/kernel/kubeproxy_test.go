@@ -21,9 +21,13 @@ ipvsadm -A -t 172.31.0.11:30080 -s rr
 ipvsadm -A -u 172.31.0.11:30080 -s rr
 ipvsadm -A -t 172.31.0.11:30081 -s rr
 ipvsadm -A -t 172.31.0.12:30080 -s rr
+ipvsadm -A --sctp-service 172.31.0.11:30082 -s rr
+ipvsadm -A --sctp-service 172.31.0.11:30083 -s rr
 ipvsadm -A -f 7 -s rr
 ipset create KUBE-NODE-PORT-TCP bitmap:port range 0-65535
 ipset add KUBE-NODE-PORT-TCP 30080
+ipset create KUBE-NODE-PORT-SCTP-HASH hash:ip,port
+ipset add KUBE-NODE-PORT-SCTP-HASH 172.31.0.11,sctp:30082
 ipset create KUBE-6-CLUSTER-IP hash:ip,port family inet6
 ipset create KUBE-CLUSTER-IP hash:ip,port
 ipset create MINE bitmap:port range 0-65535
@@ -58,18 +62,20 @@ func TestTakeOverFromKubeProxy(t *testing.T) {
 	k := open(t)
 	run(t, "sh", "-ec", kubeProxyLeft)
 	n, err := k.AdoptKubeProxy()
-	if err != nil || n != 3 {
-		t.Errorf("%d virtual servers were adopted (%v), want 3", n, err)
+	if err != nil || n != 4 {
+		t.Errorf("%d virtual servers were adopted (%v), want 4", n, err)
 	}
 	ours := observe(t, k)
 	for at, want := range map[ipvs.Frontend]bool{
-		frontend(ipvs.TCP, "10.96.0.1:443"):     true,
-		frontend(ipvs.TCP, "[fd96::1]:443"):     true,
-		frontend(ipvs.TCP, "172.31.0.11:30080"): true,
-		frontend(ipvs.UDP, "172.31.0.11:30080"): false, // the set of another protocol
-		frontend(ipvs.TCP, "172.31.0.11:30081"): false, // in no set
-		frontend(ipvs.TCP, "172.31.0.12:30080"): false, // another machine's address
-		{Mark: 7}:                               false,
+		frontend(ipvs.TCP, "10.96.0.1:443"):      true,
+		frontend(ipvs.TCP, "[fd96::1]:443"):      true,
+		frontend(ipvs.TCP, "172.31.0.11:30080"):  true,
+		frontend(ipvs.SCTP, "172.31.0.11:30082"): true,
+		frontend(ipvs.SCTP, "172.31.0.11:30083"): false,
+		frontend(ipvs.UDP, "172.31.0.11:30080"):  false, // its protocol has no set
+		frontend(ipvs.TCP, "172.31.0.11:30081"):  false, // in no set
+		frontend(ipvs.TCP, "172.31.0.12:30080"):  false, // another machine's address
+		{Mark: 7}:                                false,
 	} {
 		if _, got := ours.VirtualServers[at]; got != want {
 			t.Errorf("%s is ours: %v, want %v", at, got, want)
