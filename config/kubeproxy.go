@@ -328,7 +328,7 @@ func (l leaf) text() string {
 // check tells whether the field is one of kube-proxy's and can have the value. It is tried alone: so a mistake has its
 // field's name, whatever type reads it.
 func (l leaf) check() (known bool, err error) {
-	var document any = l.value
+	document := l.value
 	for _, name := range slices.Backward(l.path) {
 		document = map[string]any{name: document}
 	}

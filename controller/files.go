@@ -249,7 +249,7 @@ func (f *Files) WriteAddresses(_ context.Context, svc *corev1.Service, addrs []n
 	if err := f.keep(); err != nil {
 		return err
 	}
-	if o, ok := f.current[inboxKey{reflect.TypeOf(svc), nameOf(svc)}]; ok {
+	if o, ok := f.current[inboxKey{reflect.TypeFor[*corev1.Service](), nameOf(svc)}]; ok {
 		f.put(o)
 	}
 	return nil
