@@ -385,7 +385,7 @@ func TestAgentOrder(t *testing.T) {
 		inbox.Synced()
 		m.expect("a Service without endpoints",
 			"add element ip longshore frontends { 192.0.2.1 . tcp . 80 }",
-			"add element ip longshore masquerade { 192.0.2.1 . tcp . 80 }",
+			"add element ip longshore masqueraded { 192.0.2.1 . tcp . 80 }",
 			"add element ip longshore vips { 192.0.2.1 }",
 			"-A -t 192.0.2.1:80 -s rr",
 			"ip route add local 192.0.2.1/32 dev lo src 172.31.0.11 table local",
@@ -411,7 +411,7 @@ func TestAgentOrder(t *testing.T) {
 			"answer for: ",
 			"advertise: ",
 			"add element ip longshore frontends { 192.0.2.2 . tcp . 80 }",
-			"add element ip longshore masquerade { 192.0.2.2 . tcp . 80 }",
+			"add element ip longshore masqueraded { 192.0.2.2 . tcp . 80 }",
 			"add element ip longshore vips { 192.0.2.2 }",
 			"-A -t 192.0.2.2:80 -s mh",
 			"-a -t 192.0.2.2:80 -r 10.244.1.2:8080 -m -w 1",
@@ -419,7 +419,7 @@ func TestAgentOrder(t *testing.T) {
 			"ip route del local 192.0.2.1/32 dev lo table local",
 			"-D -t 192.0.2.1:80",
 			"delete element ip longshore vips { 192.0.2.1 }",
-			"delete element ip longshore masquerade { 192.0.2.1 . tcp . 80 }",
+			"delete element ip longshore masqueraded { 192.0.2.1 . tcp . 80 }",
 			"delete element ip longshore frontends { 192.0.2.1 . tcp . 80 }",
 			"answer for: 192.0.2.2",
 			"advertise: 192.0.2.2/32 to tor",
@@ -444,7 +444,7 @@ func TestAgentOrder(t *testing.T) {
 			"ip route del local 192.0.2.2/32 dev lo table local",
 			"-D -t 192.0.2.2:80",
 			"delete element ip longshore vips { 192.0.2.2 }",
-			"delete element ip longshore masquerade { 192.0.2.2 . tcp . 80 }",
+			"delete element ip longshore masqueraded { 192.0.2.2 . tcp . 80 }",
 			"delete element ip longshore frontends { 192.0.2.2 . tcp . 80 }",
 		)
 		if diff := cmp.Diff(ipvs.State{}, m.copied(), cmpopts.EquateEmpty()); diff != "" {

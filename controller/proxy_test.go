@@ -215,7 +215,7 @@ func TestAgentPodWeights(t *testing.T) {
 				"-e -t 192.0.2.1:80 -r 10.244.1.2:8080 -m -w 1", "-e -t 192.0.2.1:80 -r 10.244.1.3:8080 -m -w 1",
 			}},
 			{"another Service wants them", func() { putAll(t, inbox, service("api", "192.0.2.1", 81, wanted)) }, []string{
-				"add element ip longshore frontends { 192.0.2.1 . tcp . 81 }", "add element ip longshore masquerade { 192.0.2.1 . tcp . 81 }", "-A -t 192.0.2.1:81 -s wrr",
+				"add element ip longshore frontends { 192.0.2.1 . tcp . 81 }", "add element ip longshore masqueraded { 192.0.2.1 . tcp . 81 }", "-A -t 192.0.2.1:81 -s wrr",
 			}},
 		} {
 			step.do()
@@ -384,7 +384,7 @@ func TestAgentAudit(t *testing.T) {
 				return
 			}
 			m.expect("the audit",
-				"add element ip longshore masquerade { 192.0.2.1 . tcp . 80 }",
+				"add element ip longshore masqueraded { 192.0.2.1 . tcp . 80 }",
 				"-E -t 192.0.2.1:80 -s rr",
 				"-a -t 192.0.2.1:80 -r 10.244.1.2:8080 -m -w 1",
 				"ip route add local 192.0.2.1/32 dev lo src 172.31.0.11 table local",

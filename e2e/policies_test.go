@@ -345,8 +345,10 @@ spec: {selector: {app: last}, ports: [{port: 80, targetPort: 8080}]}
 		}
 	}
 	await(t, "nobody", func(context.Context) error {
-		if n := len(realServers(t, c.Node, at)); n > 0 {
-			return fmt.Errorf("%d real servers", n)
+		for addr, r := range realServers(t, c.Node, at) {
+			if r.weight > 0 {
+				return fmt.Errorf("%s has weight %d", addr, r.weight)
+			}
 		}
 		return nil
 	})
@@ -974,7 +976,7 @@ func tamperedTables(t *testing.T, w *world) {
 	for _, damage := range [][]string{
 		{
 			fmt.Sprintf("nft delete element ip longshore frontends { %s . tcp . 80 }", inside.Addr()),
-			fmt.Sprintf("nft delete element ip longshore masquerade { %s . tcp . %d }", outside.Addr(), outside.Port()),
+			fmt.Sprintf("nft delete element ip longshore masqueraded { %s . tcp . %d }", outside.Addr(), outside.Port()),
 			"ipvsadm -d -t " + inside.String() + " -r " + a.V4.String() + ":8080",
 			"ipvsadm -D -u " + inside6.String(),
 			"ip route del local " + external.Addr().String() + " table local",

@@ -163,7 +163,7 @@ func TestAdopt(t *testing.T) {
 	want := []string{
 		"",
 		"-E -t 192.0.2.1:80 -s mh",
-		"delete element ip longshore masquerade { 192.0.2.1 . tcp . 80 }",
+		"delete element ip longshore masqueraded { 192.0.2.1 . tcp . 80 }",
 		"",
 		"add element ip longshore vips { 192.0.2.3 }",
 		"-A -t 192.0.2.3:80 -s mh",
@@ -177,7 +177,7 @@ func TestAdopt(t *testing.T) {
 		"ip route del local 192.0.2.2/32 dev lo table local",
 		"-D -t 192.0.2.2:80",
 		"delete element ip longshore vips { 192.0.2.2 }",
-		"delete element ip longshore masquerade { 192.0.2.2 . tcp . 80 }",
+		"delete element ip longshore masqueraded { 192.0.2.2 . tcp . 80 }",
 		"delete element ip longshore frontends { 192.0.2.2 . tcp . 80 }",
 		"",
 	}

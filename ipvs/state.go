@@ -140,7 +140,7 @@ const (
 	// virtual server in the kernel is ours if, and only if, its frontend is in this set.
 	Frontends Set = "frontends"
 	// Masquerade is the frontends whose clients outside the node's pods are hidden behind the node.
-	Masquerade Set = "masquerade"
+	Masquerade Set = "masqueraded"
 	// VIPs is the addresses that belong to Services: what is not a known frontend there is rejected, and
 	// the kernel does not answer ARP for them.
 	VIPs Set = "vips"

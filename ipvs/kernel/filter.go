@@ -60,11 +60,11 @@ const sendBuffer = 64 << 20
 //		meta mark 0x4c000000/8 meta mark set 0
 //	}
 //	chain postrouting { type nat hook postrouting priority srcnat
-//		ip saddr . ip daddr @hairpin masquerade to :32768-65535
 //		jump external
 //	}
 //	chain external {
-//		ct original ip daddr . meta l4proto . ct original proto-dst @masquerade ip saddr != @kept masquerade to :32768-65535
+//		ip saddr . ip daddr @hairpin masquerade to :32768-65535
+//		ct original ip daddr . meta l4proto . ct original proto-dst @masqueraded ip saddr != @kept masquerade to :32768-65535
 //		oif != lo fib saddr type local ct original ip daddr . meta l4proto . ct original proto-dst @frontends masquerade to :32768-65535
 //	}
 //
@@ -305,21 +305,6 @@ const (
 	markMask = ipvs.MarkMask
 )
 
-// The source ports of masquerade: above the range of node ports (30000-32767).
-const (
-	firstMasqueradePort = 32768
-	lastMasqueradePort  = 65535
-)
-
-// masquerade is an expression for masquerade to the ports above; registers a and b are used for it.
-func masquerade(a, b uint32) []expr.Any {
-	return []expr.Any{
-		&expr.Immediate{Register: a, Data: binary.BigEndian.AppendUint16(nil, firstMasqueradePort)},
-		&expr.Immediate{Register: b, Data: binary.BigEndian.AppendUint16(nil, lastMasqueradePort)},
-		&expr.Masq{ToPorts: true, RegProtoMin: a, RegProtoMax: b},
-	}
-}
-
 // frontend loads destination address, protocol and port into the registers of a key.
 func (l layout) frontend() []expr.Any {
 	return []expr.Any{
@@ -394,7 +379,6 @@ func (ff *filterFamily) addRules(conn *nftables.Conn) {
 		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: firstRegister},
 	))
 
-	rule(postrouting, one(ip.source(), ip.destination(ip.next), ff.lookup(ipvs.Hairpin, false)), masquerade(firstRegister, firstRegister+1))
 	rule(postrouting, jump(externalChain))
 }
 

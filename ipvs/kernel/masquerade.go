@@ -20,6 +20,17 @@ const (
 	ctDestinationIP6 = 22
 )
 
+// The source ports of masquerade: above the range of node ports (30000-32767).
+const (
+	firstMasqueradePort = 32768
+	lastMasqueradePort  = 65535
+)
+
+// protocolSpecified is NF_NAT_RANGE_PROTO_SPECIFIED (include/uapi/linux/netfilter/nf_nat.h). Without it the kernel keeps a
+// client's port, whatever range of ports the expression has: nft_redir sets it by itself, nft_masq does not. Neither do
+// google/nftables and the nft program.
+const protocolSpecified = 1 << 1
+
 // externalChain is the chain of the rules that hide clients outside the node's pods, and the node's own, behind the
 // address that the packets leave from.
 const externalChain = "external"
@@ -36,35 +47,34 @@ func (ff *filterFamily) addExternalChain() error {
 		ff.message(unix.NFT_MSG_NEWCHAIN, netlink.Create, table, attr(unix.NFTA_CHAIN_NAME, []byte(externalChain+"\x00"))),
 		ff.message(unix.NFT_MSG_DELRULE, 0, table, chain),
 	}
-	lo := []expr.Any{
+	nodeOrigin := []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyOIF, Register: firstRegister},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: firstRegister, Data: ne32(loopbackIndex)},
 		&expr.Fib{Register: firstRegister, FlagSADDR: true, ResultADDRTYPE: true},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: ne32(unix.RTN_LOCAL)},
 	}
-	for _, rule := range []struct {
-		before []expr.Any
-		set    ipvs.Set
-		after  []expr.Any
-	}{
-		{nil, ipvs.Masquerade, []expr.Any{ip.source(), ff.lookup(ipvs.Kept, true)}},
-		{lo, ipvs.Frontends, nil},
-	} {
-		elements, err := ff.encode(rule.before)
-		if err != nil {
-			return err
-		}
-		elements = append(elements, nested(unix.NFTA_LIST_ELEM, ff.originalDestination()...))
-		rest, err := ff.encode(slices.Concat([]expr.Any{
+	frontendIn := func(set ipvs.Set) []any {
+		return []any{
+			ff.originalDestination(),
 			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: ip.next},
 			&expr.Ct{Key: expr.CtKeyPROTODST, Register: ip.next + 1, Direction: directionOriginal},
-			ff.lookup(rule.set, false),
-		}, rule.after, masquerade(firstRegister, firstRegister+1)))
+			ff.lookup(set, false),
+		}
+	}
+	for _, rule := range [][]any{
+		{ip.source(), ip.destination(ip.next), ff.lookup(ipvs.Hairpin, false)},
+		append(frontendIn(ipvs.Masquerade), ip.source(), ff.lookup(ipvs.Kept, true)),
+		append(anys(nodeOrigin), frontendIn(ipvs.Frontends)...),
+	} {
+		elements, err := ff.encode(append(rule,
+			&expr.Immediate{Register: firstRegister, Data: binary.BigEndian.AppendUint16(nil, firstMasqueradePort)},
+			&expr.Immediate{Register: firstRegister + 1, Data: binary.BigEndian.AppendUint16(nil, lastMasqueradePort)},
+			masquerade(firstRegister, firstRegister+1)))
 		if err != nil {
 			return err
 		}
 		messages = append(messages, ff.message(unix.NFT_MSG_NEWRULE, netlink.Create|netlink.Append, table, chain,
-			nested(unix.NFTA_RULE_EXPRESSIONS, append(elements, rest...)...)))
+			nested(unix.NFTA_RULE_EXPRESSIONS, elements...)))
 	}
 	return ff.commit(messages...)
 }
@@ -88,10 +98,35 @@ func (ff *filterFamily) originalDestination() []netlink.Attribute {
 	)
 }
 
-func (ff *filterFamily) encode(exprs []expr.Any) ([]netlink.Attribute, error) {
+// masquerade is the expression `masquerade to :A-B`, with the ports in two registers.
+func masquerade(first, last uint32) []netlink.Attribute {
+	return attrs(
+		attr(unix.NFTA_EXPR_NAME, []byte("masq\x00")),
+		nested(unix.NFTA_EXPR_DATA,
+			attr(unix.NFTA_MASQ_FLAGS, be32(protocolSpecified)),
+			attr(unix.NFTA_MASQ_REG_PROTO_MIN, be32(first)),
+			attr(unix.NFTA_MASQ_REG_PROTO_MAX, be32(last)),
+		),
+	)
+}
+
+func anys(exprs []expr.Any) []any {
+	out := make([]any, len(exprs))
+	for i, e := range exprs {
+		out[i] = e
+	}
+	return out
+}
+
+// encode makes the list of a rule's expressions, each an expr.Any or the attributes of one.
+func (ff *filterFamily) encode(exprs []any) ([]netlink.Attribute, error) {
 	var out []netlink.Attribute
 	for _, e := range exprs {
-		b, err := expr.Marshal(byte(ff.table.Family), e)
+		if attributes, ok := e.([]netlink.Attribute); ok {
+			out = append(out, nested(unix.NFTA_LIST_ELEM, attributes...))
+			continue
+		}
+		b, err := expr.Marshal(byte(ff.table.Family), e.(expr.Any))
 		if err != nil {
 			return nil, fmt.Errorf("encode a rule of chain %s: %w", externalChain, err)
 		}
