@@ -965,9 +965,15 @@ func tamperedTables(t *testing.T, w *world) {
 		}
 	}
 	served()
-	tables := func() string {
+	// tables is the ruleset after some commands, all in one go: the agent may mend it soon.
+	tables := func(commands ...string) string {
+		t.Helper()
+		out, err := n.Run(t.Context(), "sh", "-e", "-c", strings.Join(append(commands, "nft -s list ruleset"), "\n"))
+		if err != nil {
+			t.Fatal(err)
+		}
 		var rules []string
-		for line := range strings.Lines(run("nft -s list ruleset")) {
+		for line := range strings.Lines(out) {
 			rules = append(rules, strings.TrimSpace(line))
 		}
 		return strings.Join(rules, "\n")
@@ -984,10 +990,7 @@ func tamperedTables(t *testing.T, w *world) {
 		{"nft flush chain ip longshore external", "nft flush chain ip longshore input"},
 		{"nft flush ruleset"},
 	} {
-		for _, command := range damage {
-			run(command)
-		}
-		if tables() == before {
+		if tables(damage...) == before {
 			t.Fatalf("%q did nothing", damage)
 		}
 		await(t, fmt.Sprintf("what was before %q", damage), func(context.Context) error {
