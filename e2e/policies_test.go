@@ -965,15 +965,9 @@ func tamperedTables(t *testing.T, w *world) {
 		}
 	}
 	served()
-	// tables is the ruleset after some commands, all in one go: the agent may mend it soon.
-	tables := func(commands ...string) string {
-		t.Helper()
-		out, err := n.Run(t.Context(), "sh", "-e", "-c", strings.Join(append(commands, "nft -s list ruleset"), "\n"))
-		if err != nil {
-			t.Fatal(err)
-		}
+	tables := func() string {
 		var rules []string
-		for line := range strings.Lines(out) {
+		for line := range strings.Lines(run("nft -s list ruleset")) {
 			rules = append(rules, strings.TrimSpace(line))
 		}
 		return strings.Join(rules, "\n")
@@ -990,7 +984,10 @@ func tamperedTables(t *testing.T, w *world) {
 		{"nft flush chain ip longshore external", "nft flush chain ip longshore input"},
 		{"nft flush ruleset"},
 	} {
-		if tables(damage...) == before {
+		for _, command := range damage {
+			run(command)
+		}
+		if tables() == before {
 			t.Fatalf("%q did nothing", damage)
 		}
 		await(t, fmt.Sprintf("what was before %q", damage), func(context.Context) error {
