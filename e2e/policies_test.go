@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"slices"
@@ -199,6 +201,9 @@ func externalPolicyLocal(t *testing.T, w *world) {
 		seenAs(t, outside.Addr(family.ipv6), spread(t, outside, "tcp", netip.AddrPortFrom(routed, 80), 2))
 	}
 	unanswered(t, dropped...)
+	for n, local := range map[*lab.Node]int{a.Node: 1, b.Node: 1, c.Node: 0} {
+		checkedAs(t, w, "local-lan", n, local)
+	}
 	// The announcements follow the endpoints.
 	for _, name := range []string{"local-lan", "local-routed"} {
 		apply(t, w, slicesOf(name, ready(c)...))
@@ -213,6 +218,28 @@ func externalPolicyLocal(t *testing.T, w *world) {
 			return nil
 		})
 		answeredBy(t, client, "tcp", netip.AddrPortFrom(vip, 80), c)
+	}
+}
+
+// checkedAs checks what an external load balancer hears at a Service's health check port on a node.
+func checkedAs(t *testing.T, w *world, name string, n *lab.Node, local int) {
+	t.Helper()
+	client := &http.Client{Transport: &http.Transport{DialContext: w.Lab.Client.DialContext, DisableKeepAlives: true}}
+	url := "http://" + netip.AddrPortFrom(n.V4, uint16(w.service(t, name).Spec.HealthCheckNodePort)).String() + "/"
+	response, err := client.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	status := map[bool]int{false: http.StatusServiceUnavailable, true: http.StatusOK}[local > 0]
+	want := fmt.Sprintf(`{"service":{"namespace":"default","name":%q},"localEndpoints":%d,"serviceProxyHealthy":true}`, name, local)
+	compact := strings.Join(strings.Fields(string(body)), "")
+	if weight := response.Header.Get("X-Load-Balancing-Endpoint-Weight"); response.StatusCode != status || compact != want || weight != strconv.Itoa(local) {
+		t.Errorf("%s: %s, weight %q, %s, want %d, %d, %s", url, response.Status, weight, compact, status, local, want)
 	}
 }
 
@@ -344,11 +371,9 @@ spec: {selector: {app: last}, ports: [{port: 80, targetPort: 8080}]}
 			t.Fatal(err)
 		}
 	}
-	await(t, "nobody", func(context.Context) error {
-		for addr, r := range realServers(t, c.Node, at) {
-			if r.weight > 0 {
-				return fmt.Errorf("%s has weight %d", addr, r.weight)
-			}
+	await(t, "refusal, when the pod is gone", func(ctx context.Context) error {
+		if _, err := c.Ask(ctx, "tcp", at); !errors.Is(err, syscall.ECONNREFUSED) {
+			return fmt.Errorf("got %w", err)
 		}
 		return nil
 	})
