@@ -36,22 +36,16 @@ func (w *world) play(t *testing.T, scenarios []scenario) {
 // TestPodNetworks shows that longshore serves pods whichever way the network plugin joins them: in bridges, and in an
 // overlay. (TestScenarios has the third way, routes to each pod, unless it is told otherwise.) It plays the scenarios in
 // which packets go to pods by a way that others do not: from pods and nodes and from outside; to a pod of the same node, of
-// another and to the client itself; by cluster IPs, node ports, addresses by ARP and addresses by BGP; refused and dropped.
-//
-// The others cannot depend on it. Scheduler, EndpointsFollowReadiness, OthersAreLeftAlone, BadInput and DeletedService
-// are about what the kernel's tables and the API say, and these do not know the pod network. In AgentRestart and NodeDies
-// the packets, as far as there are any, go the ways of Layer2 and BGP.
+// another and to the client itself; by cluster IPs, node ports and LoadBalancer addresses. All others, which are about tables, policies
+// and what the API says, run with LONGSHORE_LAB_PODS.
 func TestPodNetworks(t *testing.T) {
 	for _, network := range []lab.PodNetwork{lab.Bridge, lab.VXLAN} {
 		t.Run(string(network), func(t *testing.T) {
 			newWorld(t, lab.Config{Nodes: 3, PodNetwork: network}).play(t, []scenario{
 				{"ClusterIP", clusterIP},
-				{"RejectedAndDropped", rejectedAndDropped},
 				{"NodePort", nodePort},
-				{"SessionAffinity", sessionAffinity},
 				{"Hairpin", hairpin},
 				{"Layer2", layer2},
-				{"BGP", overBGP},
 			})
 		})
 	}

@@ -51,6 +51,7 @@ const sendBuffer = 64 << 20
 //		meta mark != 0x4c000000/8 ip daddr . meta l4proto . th dport @dropped drop
 //	}
 //	chain input { type filter hook input priority filter
+//		ct direction reply accept
 //		ip daddr . meta l4proto . th dport @frontends accept
 //		ip daddr @vips meta l4proto icmp accept
 //		ip daddr @vips reject
@@ -71,7 +72,8 @@ const sendBuffer = 64 << 20
 // The mark chooses the virtual server: IPVS looks for one of the packet's mark first. It does not stay on the packet: once
 // IPVS has taken that, it passes the hook output again, on its way to the real server.
 //
-// The input chain comes before IPVS (LOCAL_IN, priority 98), the output chain too (LOCAL_OUT, priority -98). IPVS does not
+// A reply comes to a VIP if a process of this node has it for its own address, as it did while kube-proxy had VIPs on an
+// interface. The input chain comes before IPVS (LOCAL_IN, priority 98), the output chain too (LOCAL_OUT, priority -98). IPVS does not
 // set the dnat bit of conntrack, but the original tuple tells which frontend a connection came to; for that
 // net.ipv4.vs.conntrack is 1. Masquerade takes no port of the range that node ports come from: a reply to such a port would be
 // taken for a request.
@@ -366,6 +368,10 @@ func (ff *filterFamily) addRules(conn *nftables.Conn) {
 		ip.frontend(), one(ip.address(ip.next+2, ip.sourceOffset), ff.lookup(ipvs.Allowed, true)), verdict(expr.VerdictDrop))
 	rule(locality, marked(expr.CmpOpNeq), ip.frontend(), one(ff.lookup(ipvs.Dropped, false)), verdict(expr.VerdictDrop))
 
+	rule(input, one(
+		&expr.Ct{Key: expr.CtKeyDIRECTION, Register: firstRegister},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: []byte{directionReply}},
+	), verdict(expr.VerdictAccept))
 	rule(input, ip.frontend(), one(ff.lookup(ipvs.Frontends, false)), verdict(expr.VerdictAccept))
 	rule(input, toVIP, one(
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: firstRegister},

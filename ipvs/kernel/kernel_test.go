@@ -259,6 +259,7 @@ func TestIndependentReaders(t *testing.T) {
 		"meta mark != 0x4c000000/8 ip daddr . meta l4proto . th dport @dropped drop",
 		"meta mark 0x4c000000/8 meta mark set 0x00000000",
 		"type route hook output priority mangle",
+		"ct direction reply accept",
 		"ip daddr . meta l4proto . th dport @frontends accept",
 		"ip daddr @vips meta l4proto icmp accept",
 		"ip daddr @vips reject",

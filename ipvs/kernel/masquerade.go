@@ -35,8 +35,11 @@ const protocolSpecified = 1 << 1
 // address that the packets leave from.
 const externalChain = "external"
 
-// directionOriginal is IP_CT_DIR_ORIGINAL (include/uapi/linux/netfilter/nf_conntrack_tuple_common.h).
-const directionOriginal = 0
+// The directions of a connection (enum ip_conntrack_dir, include/uapi/linux/netfilter/nf_conntrack_tuple_common.h).
+const (
+	directionOriginal = 0
+	directionReply    = 1
+)
 
 // addExternalChain makes the chain "external" and its rules, in the place of those that an earlier run made.
 func (ff *filterFamily) addExternalChain() error {
