@@ -124,7 +124,7 @@ func TestStandalone(t *testing.T) {
 		t.Helper()
 		await(t, fmt.Sprintf("%d real servers", want), func(ctx context.Context) error {
 			out, err := n1.Run(ctx, binary, "ipvsadm", "-Ln", "-t", lan.String())
-			if err == nil && strings.Count(out, "Masq") != want {
+			if err == nil && takers(out) != want {
 				err = errors.New(out)
 			}
 			return err
