@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -22,8 +21,8 @@ type proxy struct {
 	name string
 	exec func(*bench) (lab.Exec, error)
 	open func(*lab.Node) (plane, error)
-	// synced tells whether an answer 200 of /healthz, whose body this is, comes from a proxy that has done its work.
-	synced func(body []byte) bool
+	// synced tells whether a proxy that answers 200 at /healthz has done its work.
+	synced func(context.Context, *running) bool
 }
 
 var proxies = map[string]*proxy{
@@ -36,7 +35,7 @@ var proxies = map[string]*proxy{
 				"--node", b.node().Name, "--status-socket", "/run/longshore/bench.sock",
 			}}, err
 		},
-		synced: func([]byte) bool { return true },
+		synced: func(context.Context, *running) bool { return true },
 	},
 	"kube-proxy-ipvs":     kubeProxy("ipvs", openIPVS),
 	"kube-proxy-nftables": kubeProxy("nftables", openNFT),
@@ -53,13 +52,10 @@ func kubeProxy(mode string, open func(*lab.Node) (plane, error)) *proxy {
 				"--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0s", "--conntrack-tcp-timeout-close-wait=0s", // the host's
 			}}, err
 		},
-		// It answers 200 until its first sync has taken a minute (pkg/proxy/healthcheck/proxy_health.go), but lists a family
-		// only after the first sync of it.
-		synced: func(body []byte) bool {
-			var health struct {
-				Status map[string]struct{ LastUpdated time.Time }
-			}
-			return json.Unmarshal(body, &health) == nil && !health.Status["IPv4"].LastUpdated.IsZero()
+		// It answers 200 from its start on; this metric appears when the first sync of the family is over.
+		synced: func(ctx context.Context, r *running) bool {
+			_, body, err := r.get(ctx, "http://127.0.0.1:10249/metrics")
+			return err == nil && bytes.Contains(body, []byte(`kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv4"}`))
 		},
 	}
 }
@@ -131,8 +127,8 @@ func (r *running) get(ctx context.Context, url string) (status int, body []byte,
 // healthy waits for /healthz and tells when it was good.
 func (r *running) healthy(ctx context.Context) (time.Time, error) {
 	for {
-		status, body, err := r.get(ctx, "http://127.0.0.1:10256/healthz")
-		if err == nil && status == http.StatusOK && r.synced(body) {
+		status, _, err := r.get(ctx, "http://127.0.0.1:10256/healthz")
+		if err == nil && status == http.StatusOK && r.synced(ctx, r) {
 			return time.Now(), nil
 		}
 		if err := r.alive(); err != nil {
