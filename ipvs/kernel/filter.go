@@ -300,13 +300,6 @@ func (ff *filterFamily) lookup(set ipvs.Set, invert bool) *expr.Lookup {
 	return &expr.Lookup{SourceRegister: firstRegister, SetName: string(set), SetID: ff.sets[set].ID, Invert: invert}
 }
 
-// Marks of shortcuts have these bits, and no others of the first byte. kube-proxy's and the kubelet's marks, 0x4000 and
-// 0x8000, are not among the rest (see [ipvs.Mark]).
-const (
-	markBits = ipvs.MarkBits
-	markMask = ipvs.MarkMask
-)
-
 // frontend loads destination address, protocol and port into the registers of a key.
 func (l layout) frontend() []expr.Any {
 	return []expr.Any{
@@ -320,8 +313,8 @@ func (l layout) frontend() []expr.Any {
 func marked(op expr.CmpOp) []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister},
-		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4, Mask: ne32(markMask), Xor: ne32(0)},
-		&expr.Cmp{Op: op, Register: firstRegister, Data: ne32(markBits)},
+		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4, Mask: ne32(ipvs.MarkMask), Xor: ne32(0)},
+		&expr.Cmp{Op: op, Register: firstRegister, Data: ne32(ipvs.MarkBits)},
 	}
 }
 
