@@ -183,9 +183,12 @@ func (f *filter) prepare() error {
 		}
 	}
 	f.conn.AddTable(f.arp)
-	for name, set := range f.arpSets {
-		if err := f.conn.AddSet(set, nil); err != nil {
-			return fmt.Errorf("declare set %s: %w", name, err)
+	for _, set := range sets {
+		if !set.arp {
+			continue
+		}
+		if err := f.conn.AddSet(f.arpSets[set.name], nil); err != nil {
+			return fmt.Errorf("declare set %s: %w", set.name, err)
 		}
 	}
 	if err := f.conn.Flush(); err != nil {
