@@ -323,21 +323,29 @@ func (a *Agent) begin(p *passed, t touched) (err error) {
 	}
 	a.metrics.found(p.observed)
 	step(a.desired.ReplaceAll(map[string]ipvs.Wish{nodeOwner: TranslateNode(a.node)}, time.Now()))
+	chunks, applied := make(chan []ipvs.Operation), make(chan struct{})
+	go func() { // the kernel takes one while the next is made
+		defer close(applied)
+		for ops := range chunks {
+			step(ops)
+		}
+	}()
 	names := slices.SortedFunc(maps.Keys(t.services), a.inOrderOfNeed)
 	for len(names) > 0 {
 		n := 0
 		for n < min(len(names), firstChunk) && a.need(names[n]) == a.need(names[0]) {
 			n++
 		}
-		chunk := names[:n]
-		names = names[n:]
 		wishes := map[string]ipvs.Wish{}
-		for _, name := range chunk {
+		for _, name := range names[:n] {
 			wishes[name.String()] = a.translate(name)
 			a.withdraw(name)
 		}
-		step(a.desired.ReplaceAll(wishes, time.Now()))
+		names = names[n:]
+		chunks <- a.desired.ReplaceAll(wishes, time.Now())
 	}
+	close(chunks)
+	<-applied
 	step(a.desired.Settle())
 	a.adopted = true
 	return nil

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"iter"
 	"net/netip"
 	"slices"
 	"strings"
@@ -81,7 +82,7 @@ func (o Operation) String() string {
 }
 
 // quiets tells whether the operation takes a real server's share of new connections from it. Others get theirs first.
-func (o Operation) quiets() bool {
+func (o *Operation) quiets() bool {
 	return o.Kind == KindRealServer && o.Verb == Update && o.RealServer.Weight == 0
 }
 
@@ -187,9 +188,25 @@ func difference(observed, desired State) (add, del []Operation) {
 }
 
 func order(add, del []Operation) []Operation {
-	slices.SortFunc(add, Operation.compare)
-	slices.SortFunc(del, func(a, b Operation) int { return b.compare(a) })
-	return append(add, del...)
+	out := make([]Operation, 0, len(add)+len(del))
+	for _, o := range slices.SortedFunc(pointers(add), (*Operation).compare) {
+		out = append(out, *o)
+	}
+	for _, o := range slices.SortedFunc(pointers(del), func(a, b *Operation) int { return b.compare(a) }) {
+		out = append(out, *o)
+	}
+	return out
+}
+
+// pointers is where operations are: they are large, and a sort would move each many times.
+func pointers(ops []Operation) iter.Seq[*Operation] {
+	return func(yield func(*Operation) bool) {
+		for i := range ops {
+			if !yield(&ops[i]) {
+				return
+			}
+		}
+	}
 }
 
 // exclusive tells whether an element's set holds no two that are alike: a map holds a key once, and ranges do not overlap.
@@ -237,25 +254,25 @@ func diffRealServers(f Frontend, observed, desired map[netip.AddrPort]RealServer
 }
 
 // compare orders operations by kind, then by what they are about.
-func (o Operation) compare(p Operation) int {
-	if o.Kind != p.Kind {
+func (o *Operation) compare(p *Operation) int {
+	switch {
+	case o.Kind != p.Kind:
 		return cmp.Compare(o.Kind, p.Kind)
-	}
-	switch o.Kind {
-	case KindElement:
+	case o.Kind == KindElement:
 		return cmp.Or(
 			cmp.Compare(o.Element.Set, p.Element.Set),
 			o.Element.Frontend.Compare(p.Element.Frontend),
 			cmp.Compare(p.Verb, o.Verb), // delete what is in the way, then add
 			o.Element.Prefix.Compare(p.Element.Prefix),
 		)
-	case KindRoute:
+	case o.Kind == KindRoute:
 		return o.Route.Compare(p.Route)
+	case o.quiets() != p.quiets():
+		return compareBool(o.quiets(), p.quiets())
+	case o.VirtualServer.Frontend != p.VirtualServer.Frontend:
+		return o.VirtualServer.Frontend.Compare(p.VirtualServer.Frontend)
+	case o.rank != p.rank:
+		return cmp.Compare(o.rank, p.rank)
 	}
-	return cmp.Or(
-		compareBool(o.quiets(), p.quiets()),
-		o.VirtualServer.Frontend.Compare(p.VirtualServer.Frontend),
-		cmp.Compare(o.rank, p.rank),
-		o.RealServer.Addr.Compare(p.RealServer.Addr),
-	)
+	return o.RealServer.Addr.Compare(p.RealServer.Addr)
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -193,15 +194,30 @@ func runClusterAgent(ctx context.Context, node string, conf config.Agent, kube *
 	return ended(group.Wait())
 }
 
-// gcPercent makes the agent's garbage half of what it keeps, not as much (GOGC): it keeps a lot, and makes little garbage. An
-// operator's GOGC counts.
+// gcPercent makes the agent's garbage half of what it keeps, not as much (GOGC): it keeps a lot, and makes little garbage, but for
+// its start. An operator's GOGC counts.
 const gcPercent = 50
+
+// saveMemory gives back what the start has taken and the rest does not need.
+func saveMemory() {
+	debug.SetGCPercent(gcPercent)
+	debug.FreeOSMemory()
+}
+
+// awaitReady waits until all that is desired is in the kernel, and tells whether it is: ctx may end before.
+func awaitReady(ctx context.Context, agent *controller.Agent) bool {
+	for !agent.Ready() {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	return true
+}
 
 // startAgent starts an agent and the parts of it that do not depend on where its objects come from.
 func startAgent(ctx context.Context, group *errgroup.Group, o controller.AgentOptions) *controller.Agent {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
 	responder := layer2.New(o.Log, layer2.Options{})
 	speaker := bgp.New(o.Log, nil)
 	o.Layer2, o.Speaker = responder, speaker
@@ -209,6 +225,14 @@ func startAgent(ctx context.Context, group *errgroup.Group, o controller.AgentOp
 	group.Go(func() error { return responder.Run(ctx) })
 	group.Go(func() error { return speaker.Run(ctx) })
 	group.Go(func() error { return agent.Run(ctx) })
+	if os.Getenv("GOGC") == "" {
+		group.Go(func() error {
+			if awaitReady(ctx, agent) {
+				saveMemory()
+			}
+			return nil
+		})
+	}
 	group.Go(func() error { return agent.ServeStatus(ctx, o.Config.StatusSocket) })
 	if o.Config.HealthAddress != "" {
 		group.Go(func() error { return agent.ServeHealth(ctx, o.Config.HealthAddress, o.Log) })

@@ -85,5 +85,6 @@ func (f *clusterFlags) config() (*rest.Config, string, error) {
 	}
 	c.UserAgent = "longshore/" + version
 	c.QPS, c.Burst = 50, 100
+	c.DisableCompression = true // the API server takes longer to compress a list than a cluster's network to carry it
 	return c, namespace, nil
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"time"
 
 	"github.com/longshore-lb/longshore/controller"
 	"github.com/longshore-lb/longshore/ipvs"
@@ -31,12 +30,8 @@ func adoptKubeProxy(data *kernel.Kernel, log *slog.Logger) error {
 // removeKubeProxy removes the rest of what kube-proxy left when all that is desired is in the kernel: until then its rules
 // and addresses serve.
 func removeKubeProxy(ctx context.Context, agent *controller.Agent, data *kernel.Kernel, log *slog.Logger) {
-	for !agent.Ready() {
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(100 * time.Millisecond):
-		}
+	if !awaitReady(ctx, agent) {
+		return
 	}
 	if err := data.RemoveKubeProxy(); err != nil {
 		log.Error("took over from kube-proxy, but not all that it left could be removed", "error", err)

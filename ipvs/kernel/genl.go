@@ -254,26 +254,47 @@ func (g *genl) receive(each func(h unix.NlMsghdr, payload []byte) error) error {
 // attributes builds a run of netlink attributes.
 type attributes []byte
 
-func (a *attributes) bytes(kind uint16, value []byte) {
-	h := make([]byte, unix.SizeofNlAttr)
-	binary.NativeEndian.PutUint16(h, uint16(unix.SizeofNlAttr+len(value)))
-	binary.NativeEndian.PutUint16(h[2:], kind)
-	*a = append(append(*a, h...), value...)
+// header begins an attribute whose value has n bytes.
+func (a *attributes) header(kind uint16, n int) {
+	*a = binary.NativeEndian.AppendUint16(*a, uint16(unix.SizeofNlAttr+n))
+	*a = binary.NativeEndian.AppendUint16(*a, kind)
+}
+
+func (a *attributes) pad() {
 	for len(*a)%unix.NLA_ALIGNTO != 0 {
 		*a = append(*a, 0)
 	}
 }
 
-func (a *attributes) uint8(kind uint16, v uint8) { a.bytes(kind, []byte{v}) }
+func (a *attributes) bytes(kind uint16, value []byte) {
+	a.header(kind, len(value))
+	*a = append(*a, value...)
+	a.pad()
+}
+
+func (a *attributes) uint8(kind uint16, v uint8) {
+	a.header(kind, 1)
+	*a = append(*a, v)
+	a.pad()
+}
+
 func (a *attributes) uint16(kind uint16, v uint16) {
-	a.bytes(kind, binary.NativeEndian.AppendUint16(nil, v))
+	a.header(kind, 2)
+	*a = binary.NativeEndian.AppendUint16(*a, v)
+	a.pad()
 }
+
 func (a *attributes) uint32(kind uint16, v uint32) {
-	a.bytes(kind, binary.NativeEndian.AppendUint32(nil, v))
+	a.header(kind, 4)
+	*a = binary.NativeEndian.AppendUint32(*a, v)
 }
+
 func (a *attributes) port(kind uint16, v uint16) {
-	a.bytes(kind, binary.BigEndian.AppendUint16(nil, v))
+	a.header(kind, 2)
+	*a = binary.BigEndian.AppendUint16(*a, v)
+	a.pad()
 }
+
 func (a *attributes) text(kind uint16, v string) { a.bytes(kind, append([]byte(v), 0)) }
 
 func (a *attributes) nested(kind uint16, inner attributes) { a.bytes(kind|unix.NLA_F_NESTED, inner) }

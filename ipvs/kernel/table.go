@@ -13,7 +13,7 @@ import (
 
 // encodeOperation is the request for an operation on a virtual or real server.
 func encodeOperation(o ipvs.Operation) message {
-	var attrs attributes
+	attrs := make(attributes, 0, 160)
 	if o.Kind == ipvs.KindVirtualServer {
 		attrs.nested(attrService, encodeVirtualServer(o.VirtualServer, o.Verb != ipvs.Delete))
 		return message{command: [...]uint8{ipvs.Add: cmdNewService, ipvs.Update: cmdSetService, ipvs.Delete: cmdDelService}[o.Verb], attrs: attrs}
@@ -25,7 +25,7 @@ func encodeOperation(o ipvs.Operation) message {
 
 // encodeVirtualServer encodes what identifies a virtual server and, if whole, what it is.
 func encodeVirtualServer(v ipvs.VirtualServer, whole bool) attributes {
-	var a attributes
+	a := make(attributes, 0, 96)
 	f := v.Frontend
 	family := uint16(unix.AF_INET)
 	if f.IPv6 {
@@ -69,7 +69,7 @@ func orElse(v, otherwise uint8) uint8 {
 }
 
 func encodeRealServer(r ipvs.RealServer) attributes {
-	var a attributes
+	a := make(attributes, 0, 96)
 	family := uint16(unix.AF_INET)
 	if r.Addr.Addr().Is6() {
 		family = unix.AF_INET6
