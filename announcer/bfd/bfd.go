@@ -111,11 +111,11 @@ type shown struct {
 	since               time.Time
 	failures            uint64
 	transmit, detection time.Duration
-	problem             string
+	unsent              string
 }
 
 func (e *entry) show() shown {
-	return shown{e.state, e.remote, e.since, e.failures, e.interval(), e.detectionTime(), e.problem()}
+	return shown{e.state, e.remote, e.since, e.failures, e.interval(), e.detectionTime(), e.unsent}
 }
 
 func (e *entry) problem() string {
@@ -143,7 +143,7 @@ type arrival struct {
 const retryAfter = time.Second
 
 // New returns a Monitor that does nothing until Run. It calls onChange, which must not block, after a state, a negotiated
-// interval or a problem of a session has changed.
+// interval, or what is in the way of sending, has changed.
 func New(log *slog.Logger, onChange func()) *Monitor {
 	return &Monitor{
 		log: log, onChange: onChange,
@@ -362,7 +362,9 @@ func (m *Monitor) take(a arrival) {
 		a.err = fmt.Errorf("your discriminator is %d, not %d", a.your, e.my)
 	}
 	if a.err != nil {
-		e.discarded++
+		if e.discarded++; e.discarded == 1 { // not each of them: anybody on the link can send more
+			m.log.Warn("discarded a BFD packet", "peer", e.session.Peer, "reason", a.err)
+		}
 		e.rejected = a.err.Error()
 		return
 	}
@@ -429,8 +431,8 @@ func (m *Monitor) advance() (next time.Duration, changed, over bool) {
 // logChange logs what an operator should know of a change.
 func (m *Monitor) logChange(e *entry, now shown) {
 	log := m.log.With("peer", e.session.Peer)
-	if now.problem != e.shown.problem && now.problem != "" {
-		log.Warn("problem with a BFD session", "problem", now.problem)
+	if now.unsent != e.shown.unsent && now.unsent != "" {
+		log.Warn("problem with a BFD session", "problem", now.unsent)
 	}
 	switch {
 	case now.since.Equal(e.shown.since):

@@ -28,7 +28,7 @@ import (
 // The monitor, and who sends what he should not, are this test binary, started again: a namespace belongs to a whole process.
 
 // patience is how long the tests wait for what takes a second or two on an idle machine.
-const patience = 20 * time.Second
+const patience = 60 * time.Second
 
 const (
 	monitorEnv = "LONGSHORE_TEST_BFD_MONITOR" // be a Monitor that reads []Session a line and writes []Status a line
