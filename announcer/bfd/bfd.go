@@ -139,8 +139,10 @@ type arrival struct {
 	err error // why it is none
 }
 
-// retryAfter is when a socket that could not be opened is tried again.
-const retryAfter = time.Second
+const (
+	retryAfter = time.Second           // when a socket that could not be opened is tried again
+	stall      = 20 * time.Millisecond // lateness of a timer from which on packets may be waiting that nobody had time to read
+)
 
 // New returns a Monitor that does nothing until Run. It calls onChange, which must not block, after a state, a negotiated
 // interval, or what is in the way of sending, has changed.
@@ -193,7 +195,7 @@ func (m *Monitor) Run(ctx context.Context) error {
 	defer m.closeAll()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	done := ctx.Done()
+	due, done := time.Now(), ctx.Done()
 	for {
 		apply := false
 		select {
@@ -215,15 +217,14 @@ func (m *Monitor) Run(ctx context.Context) error {
 				readers.Go(func() { m.read(ended, k, conn) })
 			})
 		}
-		for more := true; more; { // a packet that is here already counts before the detection time does
-			select {
-			case a := <-m.arrivals:
-				m.take(a)
-			default:
-				more = false
-			}
+		if time.Since(due) > stall { // the process did not run: let it read what came meanwhile
+			time.Sleep(stall)
+		}
+		for range len(m.arrivals) { // what is here already counts before the detection time does
+			m.take(<-m.arrivals)
 		}
 		next, changed, over := m.advance()
+		due = time.Now().Add(next)
 		if changed {
 			m.onChange()
 		}

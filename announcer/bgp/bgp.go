@@ -129,6 +129,7 @@ func (s *Speaker) Run(ctx context.Context) error {
 		s.show(nil, nil)
 	}()
 	again := time.NewTimer(0)
+	again.Stop()
 	defer again.Stop()
 	for {
 		select {

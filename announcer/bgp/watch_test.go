@@ -183,11 +183,15 @@ const beforeHoldTime = 8 * time.Second
 // the end of watching, do not disturb them.
 func TestPathFails(t *testing.T) {
 	l := newLab(t, "frr", "bird")
-	f := l.frrWatching("frr", 65001, frrPeer(1, "neighbor 10.99.1.1 bfd 3 100 100")...)
+	f := l.frrWatching("frr", 65001, "neighbor nodes peer-group", "neighbor nodes remote-as 64512", "bgp listen range 10.99.1.0/24 peer-group nodes")
 	b := l.birdWatching("bird", birdPeer(2, 65002, "bfd on;"))
 	s := l.speaker(t)
 	peers := []Peer{fast(peer(1, "frr")), fast(peer(2, "bird"))}
 	s.set(config(peers, to("192.0.2.1/32")))
+	s.waitState("frr", "established") // such a neighbor is not there, nor watched, before it connects
+	if _, err := f.vtysh("configure terminal", "router bgp 65001", "neighbor nodes bfd 3 100 100"); err != nil {
+		t.Fatal(err)
+	}
 	routes := map[string]router{"frr": f, "bird": b}
 	for _, p := range peers {
 		s.waitSettled(p.Name)
