@@ -51,6 +51,7 @@ func TestCustomResourceDefinitions(t *testing.T) {
 		"IPAddressPool v1beta1":    "serviceAllocation",
 		"L2Advertisement v1beta1":  "preferredNodeSelectors",
 		"BGPAdvertisement v1beta1": "aggregationLengthV6",
+		"BFDProfile v1beta1":       "minimumTtl",
 		"BGPPeer v1beta2":          "dynamicASN",
 	}
 	files, err := filepath.Glob("../charts/longshore/crds/*.yaml")
@@ -115,6 +116,12 @@ metadata: {name: local, namespace: metallb-system}
 spec: {ipAddressPools: [bgp-pool], aggregationLength: 32, localPref: 100, communities: ["65535:65282"]}
 `, ""},
 		{`
+apiVersion: metallb.io/v1beta1
+kind: BFDProfile
+metadata: {name: testbfdprofile, namespace: metallb-system}
+spec: {receiveInterval: 380, transmitInterval: 270, detectMultiplier: 3, echoInterval: 38, echoMode: false, passiveMode: true, minimumTtl: 254}
+`, ""},
+		{`
 apiVersion: metallb.io/v1beta2
 kind: BGPPeer
 metadata: {name: sample, namespace: metallb-system}
@@ -136,6 +143,8 @@ spec: {adresses: [192.168.10.0/24]}
 				_, err = config.ParseL2Advertisement(o)
 			case *v1beta1.BGPAdvertisement:
 				_, err = config.ParseBGPAdvertisement(o)
+			case *v1beta1.BFDProfile:
+				_, err = config.ParseBFDProfile(o)
 			case *v1beta2.BGPPeer:
 				_, err = config.ParsePeer(o)
 			default:

@@ -28,6 +28,7 @@ type Peer struct {
 	EBGPMultiHop    bool          // the router is external and may be more than one hop away
 	GracefulRestart bool          // the router keeps our routes while we restart (RFC 4724)
 	DualStack       bool          // the session carries routes of both families, not only of Address's own
+	BFDProfile      string        // name of the BFDProfile the path is watched with; empty = it is not watched
 
 	nodes []labels.Selector
 }
@@ -59,12 +60,12 @@ func ParsePeer(from *v1beta2.BGPPeer) (Peer, error) {
 		EBGPMultiHop:    spec.EBGPMultiHop,
 		GracefulRestart: spec.EnableGracefulRestart,
 		DualStack:       spec.DualStackAddressFamily,
+		BFDProfile:      spec.BFDProfile,
 		nodes:           m.selectors("spec.nodeSelectors", spec.NodeSelectors),
 	}
 	for _, f := range []struct{ field, value string }{
 		{"spec.dynamicASN", spec.DynamicASN},
 		{"spec.interface", spec.Interface},
-		{"spec.bfdProfile", spec.BFDProfile},
 		{"spec.vrf", spec.VRF},
 	} {
 		if f.value != "" {

@@ -35,7 +35,6 @@ func TestParsePeerErrors(t *testing.T) {
 		{"unnumbered", func(s *spec) { s.PeerAddress, s.Interface = "", "eth0" }, []string{`spec.interface: "eth0": field not supported yet`}},
 		{"two ways", func(s *spec) { s.Interface = "eth0" }, []string{
 			`spec.interface: "eth0": field not supported yet`, `spec.peerAddress: "192.0.2.1": excludes interface`}},
-		{"BFD", func(s *spec) { s.BFDProfile = "fast" }, []string{`spec.bfdProfile: "fast": field not supported yet`}},
 		{"VRF", func(s *spec) { s.VRF = "red" }, []string{`spec.vrf: "red": field not supported yet`}},
 		{"addresses", func(s *spec) { s.PeerAddress, s.SourceAddress, s.RouterID = "tor.example", "192.0.2", "1" }, []string{
 			`spec.peerAddress: "tor.example": "tor.example" is not an IP address`,
@@ -110,14 +109,14 @@ func TestParsePeer(t *testing.T) {
 				PeerPort: 1790, HoldTime: seconds(3), ConnectTime: seconds(5), RouterID: "10.0.0.1",
 				NodeSelectors:  []metav1.LabelSelector{selector("rack", "1"), selector("rack", "2")},
 				PasswordSecret: v1beta2.SecretReference{Name: "tor", Namespace: "longshore-system"},
-				EBGPMultiHop:   true, EnableGracefulRestart: true, DualStackAddressFamily: true,
+				EBGPMultiHop:   true, EnableGracefulRestart: true, DualStackAddressFamily: true, BFDProfile: "fast",
 			},
 			config.Peer{
 				Name: "tor", MyASN: 4200000000, PeerASN: 4294967295, LocalASN: 65000,
 				Address: netip.MustParseAddr("fd00::1"), Source: netip.MustParseAddr("fd00::2"), Port: 1790,
 				HoldTime: 3 * time.Second, KeepaliveTime: time.Second, ConnectTime: 5 * time.Second,
 				RouterID: netip.MustParseAddr("10.0.0.1"), PasswordSecret: "tor",
-				EBGPMultiHop: true, GracefulRestart: true, DualStack: true,
+				EBGPMultiHop: true, GracefulRestart: true, DualStack: true, BFDProfile: "fast",
 			},
 		},
 	} {

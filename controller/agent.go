@@ -135,6 +135,7 @@ type Agent struct {
 	overlaps  []string // ServiceCIDRs that have a node's address in them, as last reported
 	network   NetworkView
 	peers     []config.Peer
+	paths     map[string]bgp.BFD // how the path to each of these is watched, by the peer's name
 	settled   bool
 	adopted   bool // the first pass is over
 	untold    bool // the view of the network has changed since the network was last told
@@ -178,6 +179,7 @@ func NewAgent(o AgentOptions) *Agent {
 		marks:        marks{},
 		told:         map[types.NamespacedName][]Announced{},
 	}
+	a.metrics.registry.MustRegister(bfdMetrics{o.Speaker.Sessions})
 	a.checks = NewHealthChecks(o.Log, func() bool { return a.health.at(time.Now()).live })
 	a.desired.Seed = seed(o.Node)
 	return a
@@ -634,13 +636,14 @@ func nodeReady(n *corev1.Node) bool {
 // updateConfig validates the metallb.io objects. One that is wrong is reported and left out; a pool then stays as it was.
 func (a *Agent) updateConfig(ctx context.Context) {
 	var refused []string
-	report := func(o Object, err error) {
+	note := func(o Object, reason string, err error) {
 		if !slices.Contains(a.refused, err.Error()) {
-			a.Log.Warn("configuration refused", "error", err)
-			a.Events.Event(o, corev1.EventTypeWarning, "ConfigurationRefused", err.Error())
+			a.Log.Warn("problem with the configuration", "reason", reason, "error", err)
+			a.Events.Event(o, corev1.EventTypeWarning, reason, err.Error())
 		}
 		refused = append(refused, err.Error())
 	}
+	report := func(o Object, err error) { note(o, "ConfigurationRefused", err) }
 	defer func() { a.refused = refused }()
 	a.stale = false
 	var poolErrs []refusedPool
@@ -668,6 +671,8 @@ func (a *Agent) updateConfig(ctx context.Context) {
 			a.network.BGP = append(a.network.BGP, adv)
 		}
 	}
+	profiles := a.parseProfiles(report, note)
+	before, paths := a.peers, map[string]bgp.BFD{}
 	a.peers = nil
 	for _, o := range sorted(a.snapshot.peers) {
 		peer, err := config.ParsePeer(o)
@@ -688,8 +693,19 @@ func (a *Agent) updateConfig(ctx context.Context) {
 			report(o, err)
 			continue
 		}
+		path, ok := pathOf(peer, profiles)
+		if !ok { // without a profile there is no session; one that there is stays as it is
+			report(o, fmt.Errorf("BGPPeer %s: spec.bfdProfile: %q: no BFDProfile in use has this name", nameOf(o), peer.BFDProfile))
+			at := slices.IndexFunc(before, func(p config.Peer) bool { return p.Name == peer.Name })
+			if at < 0 {
+				continue
+			}
+			peer, path = before[at], a.paths[peer.Name]
+		}
 		a.peers = append(a.peers, peer)
+		paths[peer.Name] = path
 	}
+	a.paths = paths
 }
 
 // translate brings one Service up to date and returns what the kernel should hold for it.
@@ -970,6 +986,7 @@ func (a *Agent) speakerConfig(routes []announcer.Route) bgp.Config {
 			Address: p.Address, Source: p.Source, Port: p.Port,
 			HoldTime: p.HoldTime, KeepaliveTime: p.KeepaliveTime, ConnectTime: connectTime(p),
 			Password: p.Password, EBGPMultiHop: p.EBGPMultiHop, GracefulRestart: p.GracefulRestart,
+			BFD: a.paths[p.Name],
 		})
 	}
 	for _, r := range routes {

@@ -83,8 +83,10 @@ func (m *machine) Apply(ops []ipvs.Operation) []ipvs.Failure {
 	var failures []ipvs.Failure
 	for _, o := range ops {
 		var err error
-		if m.refuse != nil {
-			err = m.refuse(o)
+		if refuse := m.refuse; refuse != nil {
+			m.mu.Unlock() // a kernel that takes its time keeps nobody else
+			err = refuse(o)
+			m.mu.Lock()
 		}
 		if err != nil {
 			m.journal = append(m.journal, "refused: "+o.String())

@@ -335,7 +335,7 @@ func isEmpty(document []byte) bool {
 
 var strict = serializer.NewCodecFactory(Scheme, serializer.EnableStrict).UniversalDeserializer()
 
-const kindsRead = "standalone reads Service, EndpointSlice, IPAddressPool, L2Advertisement, BGPPeer and BGPAdvertisement"
+const kindsRead = "standalone reads Service, EndpointSlice, IPAddressPool, L2Advertisement, BGPAdvertisement, BGPPeer and BFDProfile"
 
 // decodeManifest reads one object; a field that its kind does not have is an error.
 func decodeManifest(document []byte) (Object, error) {
@@ -379,6 +379,8 @@ func decodeManifest(document []byte) (Object, error) {
 		_, err = config.ParseBGPAdvertisement(o)
 	case *v1beta2.BGPPeer:
 		_, err = config.ParsePeer(o)
+	case *v1beta1.BFDProfile:
+		_, err = config.ParseBFDProfile(o)
 	default:
 		err = fmt.Errorf("kind %s: %s", kindOf(object), kindsRead)
 	}

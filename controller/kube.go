@@ -102,6 +102,7 @@ func (k *Kubernetes) WatchForAgent(ctx context.Context, inbox *Inbox) error {
 		source{k.v1beta1, "l2advertisements", k.namespace, &v1beta1.L2Advertisement{}, ""},
 		source{k.v1beta1, "bgpadvertisements", k.namespace, &v1beta1.BGPAdvertisement{}, ""},
 		source{k.v1beta2, "bgppeers", k.namespace, &v1beta2.BGPPeer{}, ""},
+		source{k.v1beta1, "bfdprofiles", k.namespace, &v1beta1.BFDProfile{}, ""},
 	)
 }
 

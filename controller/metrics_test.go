@@ -19,6 +19,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 
+	"github.com/longshore-lb/longshore/announcer/bfd"
+	"github.com/longshore-lb/longshore/announcer/bgp"
 	"github.com/longshore-lb/longshore/ipvs"
 )
 
@@ -46,7 +48,7 @@ func scraped(t *testing.T, m *metrics) string {
 }
 
 func ourSeries(name string) bool {
-	return strings.HasPrefix(name, "kubeproxy_") || strings.HasPrefix(name, "longshore_")
+	return strings.HasPrefix(name, "kubeproxy_") || strings.HasPrefix(name, "longshore_") || strings.HasPrefix(name, "metallb_")
 }
 
 // changed is what is in one scrape and was not in the other, or is another value.
@@ -340,6 +342,7 @@ func TestMetricsOfAgent(t *testing.T) {
 // TestMetricsDocumented compares the table in docs/operations.md with what is registered: name, type, labels.
 func TestMetricsDocumented(t *testing.T) {
 	m := newMetrics(NewInbox())
+	m.registry.MustRegister(bfdMetrics{func() []bgp.Session { return []bgp.Session{{BFD: &bfd.Status{}}} }})
 	pass(m, passed{ops: []ipvs.Operation{{Verb: ipvs.Add, Kind: ipvs.KindRoute}}}) // so that every metric has a series
 
 	types := map[string]string{}

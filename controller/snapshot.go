@@ -136,6 +136,7 @@ type snapshot struct {
 	layer2       map[types.NamespacedName]*v1beta1.L2Advertisement
 	bgp          map[types.NamespacedName]*v1beta1.BGPAdvertisement
 	peers        map[types.NamespacedName]*v1beta2.BGPPeer
+	profiles     map[types.NamespacedName]*v1beta1.BFDProfile
 }
 
 func newSnapshot() *snapshot {
@@ -151,6 +152,7 @@ func newSnapshot() *snapshot {
 		layer2:       map[types.NamespacedName]*v1beta1.L2Advertisement{},
 		bgp:          map[types.NamespacedName]*v1beta1.BGPAdvertisement{},
 		peers:        map[types.NamespacedName]*v1beta2.BGPPeer{},
+		profiles:     map[types.NamespacedName]*v1beta1.BFDProfile{},
 	}
 }
 
@@ -202,6 +204,9 @@ func (s *snapshot) update(changes []change) touched {
 			t.config = true
 		case *v1beta2.BGPPeer:
 			keep(s.peers, name, o, c.deleted)
+			t.config = true
+		case *v1beta1.BFDProfile:
+			keep(s.profiles, name, o, c.deleted)
 			t.config = true
 		}
 	}

@@ -50,6 +50,7 @@ type SessionStatus struct {
 	Since      time.Time  `json:"since"`
 	Advertised int        `json:"advertised"`       // prefixes
 	Reason     string     `json:"reason,omitempty"` // why it ended last
+	BFD        *BFDStatus `json:"bfd,omitempty"`    // the session that watches the path; nil = none does
 }
 
 // Status asks the agent's loop; it fails if the loop does not run or ctx ends.
@@ -69,7 +70,7 @@ func (a *Agent) status() Status {
 	for _, session := range a.Speaker.Sessions() {
 		s.Sessions = append(s.Sessions, SessionStatus{
 			Peer: session.Peer, Address: session.Address, State: session.State,
-			Since: session.Since, Advertised: session.Advertised, Reason: session.Reason,
+			Since: session.Since, Advertised: session.Advertised, Reason: session.Reason, BFD: bfdStatus(session.BFD),
 		})
 		if session.State == "established" {
 			established = append(established, session.Peer)
@@ -136,13 +137,13 @@ func (s Status) Write(w io.Writer) error {
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", v.Address, v.Service, orDash(v.Pool), orDash(layer2), orDash(routes), orDash(v.Reason))
 	}
-	fmt.Fprintln(t, "\nBGP PEER\tADDRESS\tSTATE\tSINCE\tPREFIXES\tENDED LAST BECAUSE")
+	fmt.Fprintln(t, "\nBGP PEER\tADDRESS\tSTATE\tSINCE\tPREFIXES\tBFD\tENDED LAST BECAUSE")
 	for _, b := range s.Sessions {
 		since := "-"
 		if !b.Since.IsZero() {
 			since = time.Since(b.Since).Round(time.Second).String()
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%d\t%s\n", b.Peer, b.Address, b.State, since, b.Advertised, orDash(b.Reason))
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", b.Peer, b.Address, b.State, since, b.Advertised, b.BFD.text(), orDash(b.Reason))
 	}
 	for i, p := range s.Problems {
 		if i == 0 {

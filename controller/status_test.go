@@ -27,8 +27,11 @@ func TestStatusWrite(t *testing.T) {
 				{Address: ip("2001:db8::1"), Service: "default/web", Reason: "in no IPAddressPool"},
 			},
 			Sessions: []SessionStatus{
-				{Peer: "tor-a", Address: ip("172.31.0.1"), State: "established", Since: time.Now().Add(-90*time.Minute - 400*time.Millisecond), Advertised: 2},
-				{Peer: "tor-b", Address: ip("fe80::1%eth0"), State: "active", Reason: "connection refused"},
+				{Peer: "tor-a", Address: ip("172.31.0.1"), State: "established", Since: time.Now().Add(-90*time.Minute - 400*time.Millisecond), Advertised: 2,
+					BFD: &BFDStatus{State: "up", Since: time.Now().Add(-time.Hour), Remote: "up", Transmit: 300, DetectionTime: 900}},
+				{Peer: "tor-b", Address: ip("fe80::1%eth0"), State: "active", Reason: "connection refused",
+					BFD: &BFDStatus{State: "down", Reason: "control detection time expired", Remote: "down", MultiHop: true, Transmit: 1000}},
+				{Peer: "tor-c", Address: ip("172.31.0.3"), State: "idle", Reason: "BFD: neighbor signaled session down"},
 			},
 			Problems: []string{"Service default/db: has no address yet", "add virtual server 192.0.2.4:80/TCP: no space left on device"},
 		}

@@ -53,6 +53,7 @@ func TestScenarios(t *testing.T) {
 		{"EndpointsFollowReadiness", endpointsFollowReadiness},
 		{"Layer2", layer2},
 		{"BGP", overBGP},
+		{"BFD", overBFD},
 		{"AgentRestart", agentRestart},
 		{"OthersAreLeftAlone", othersAreLeftAlone},
 		{"BadInput", badInput},
@@ -692,6 +693,83 @@ func overBGP(t *testing.T, w *world) {
 	if strings.Count(status, "established") != 2 {
 		t.Errorf("status does not show two established sessions:\n%s", status)
 	}
+}
+
+// bfdProfile is for peer router; the detection time is 1.5 s, its hold time is 9 s.
+const bfdProfile = `
+apiVersion: metallb.io/v1beta1
+kind: BFDProfile
+metadata: {name: lab, namespace: longshore-system}
+spec: {receiveInterval: 300, transmitInterval: 300, detectMultiplier: 5}
+`
+
+// overBFD cuts the link of a node: the router drops the node's routes as soon as BFD notices, and has them again when the link is back.
+func overBFD(t *testing.T, w *world) {
+	applyFor(t, w, bfdProfile)
+	const unwatched = "spec: {myASN: 64513, peerASN: 64512, peerAddress: 172.31.0.1,"
+	watched := strings.Replace(pools, unwatched, unwatched+" bfdProfile: lab,", 1)
+	if watched == pools {
+		t.Fatal("peer router is not what it was")
+	}
+	applyFor(t, w, watched)
+	applyFor(t, w, webRouted)
+	configure := func(line string) {
+		if err := w.frr.Configure(context.WithoutCancel(t.Context()), "router bgp 64512\n"+line); err != nil {
+			t.Error(err)
+		}
+	}
+	configure("neighbor nodes bfd 5 300 300")
+	t.Cleanup(func() { configure("no neighbor nodes bfd") })
+	vip := w.address(t, "web-routed", false)
+	awaitNextHops(t, w, vip, w.Lab.Nodes...)
+	lost, rest := w.Lab.Nodes[2], w.Lab.Nodes[:2]
+	for _, n := range w.Lab.Nodes {
+		await(t, "BFD up at "+n.Name, func(ctx context.Context) error {
+			text, err := w.Longshore(ctx, n, "status", "-o", "json")
+			if err != nil {
+				return err
+			}
+			var status struct {
+				Sessions []struct {
+					Peer string
+					BFD  struct{ State string }
+				}
+			}
+			if err := json.Unmarshal([]byte(text), &status); err != nil {
+				return err
+			}
+			for _, s := range status.Sessions {
+				if s.Peer == "router" && s.BFD.State == "up" {
+					return nil
+				}
+			}
+			return fmt.Errorf("status says\n%s", text)
+		})
+	}
+	if err := lost.Link.Cut(); err != nil {
+		t.Fatal(err)
+	}
+	cut := true
+	t.Cleanup(func() {
+		if cut {
+			if err := lost.Link.Mend(); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	began := time.Now()
+	awaitNextHops(t, w, vip, rest...)
+	took := time.Since(began)
+	t.Logf("the router dropped the routes %v after the cut", took.Round(100*time.Millisecond))
+	if took > 4*time.Second {
+		t.Errorf("the router dropped the routes %v after the cut; the hold time is 9 s, the detection time of BFD 1.5 s", took)
+	}
+	if err := lost.Link.Mend(); err != nil {
+		t.Fatal(err)
+	}
+	cut = false
+	awaitNextHops(t, w, vip, w.Lab.Nodes...)
+	spread(t, w.Lab.Outside, "tcp", netip.AddrPortFrom(vip, 80), 6)
 }
 
 func agentRestart(t *testing.T, w *world) {

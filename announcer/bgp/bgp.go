@@ -6,6 +6,8 @@
 // What should be is one value, [Config], and [Speaker.Set] takes the whole of it. A pure function
 // makes a table of it (table.go), another the operations that lead from the table in use to the
 // new one (diff.go), and one goroutine applies them (server.go): what did not change is left alone.
+//
+// Where a peer asks for it, the path to it is watched by package bfd, and its session ends at once when the path fails (watch.go).
 package bgp
 
 import (
@@ -13,10 +15,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/longshore-lb/longshore/announcer"
+	"github.com/longshore-lb/longshore/announcer/bfd"
 )
 
 // Peer is a router to keep a session with. It is comparable: two equal values are one session.
@@ -36,6 +40,7 @@ type Peer struct {
 	Password        string        // TCP MD5 (RFC 2385), at most 80 bytes; empty = none
 	EBGPMultiHop    bool          // the router is not on a link of ours: TTL 255 instead of 1
 	GracefulRestart bool          // the router keeps our routes for 120 s while we restart (RFC 4724)
+	BFD             BFD           // how the path to the router is watched; a change does not end the session
 }
 
 // Config is everything the speaker should be doing.
@@ -55,12 +60,13 @@ type Config struct {
 
 // Session is the state of the session with one peer.
 type Session struct {
-	Peer       string     // Peer.Name
-	Address    netip.Addr // Peer.Address
-	State      string     // idle, active, openconfirm or established (RFC 4271 section 8.2.2); connecting is active
-	Since      time.Time  // when State was entered
-	Reason     string     // why the session, or the last attempt to have one, ended; empty = none ever did
-	Advertised int        // routes sent to the peer; 0 unless established
+	Peer       string      // Peer.Name
+	Address    netip.Addr  // Peer.Address
+	State      string      // idle, active, openconfirm or established (RFC 4271 section 8.2.2); connecting is active
+	Since      time.Time   // when State was entered
+	Reason     string      // why the session, or the last attempt to have one, ended; empty = none ever did
+	Advertised int         // routes sent to the peer; 0 unless established
+	BFD        *bfd.Status // the session that watches the path; nil = none does
 }
 
 // Speaker keeps the sessions of the Config set last.
@@ -68,6 +74,7 @@ type Speaker struct {
 	log      *slog.Logger
 	onChange func()
 	poke     chan struct{} // of size 1: there is something to apply
+	monitor  *bfd.Monitor
 
 	mu      sync.Mutex
 	desired Config
@@ -82,7 +89,9 @@ func New(log *slog.Logger, onChange func()) *Speaker {
 	if onChange == nil {
 		onChange = func() {}
 	}
-	return &Speaker{log: log, onChange: onChange, poke: make(chan struct{}, 1)}
+	s := &Speaker{log: log, onChange: onChange, poke: make(chan struct{}, 1)}
+	s.monitor = bfd.New(log, func() { s.wake(); onChange() })
+	return s
 }
 
 // Set makes c what the speaker should be doing. It returns at once; c's slices must not be changed afterwards.
@@ -107,27 +116,41 @@ func (s *Speaker) wake() {
 // GracefulRestart keep the routes for a while, the others drop them at once. It returns nil.
 func (s *Speaker) Run(ctx context.Context) error {
 	var srv *server
+	// BFD ends after BGP: to a peer with graceful restart its end would be that of the routes.
+	monitoring, stopMonitor := context.WithCancel(context.WithoutCancel(ctx))
+	var monitor sync.WaitGroup
+	monitor.Go(func() { _ = s.monitor.Run(monitoring) }) // returns nil
 	defer func() {
 		if srv != nil {
 			srv.stop()
 		}
+		stopMonitor()
+		monitor.Wait()
 		s.show(nil, nil)
 	}()
+	again := time.NewTimer(0)
+	again.Stop()
+	defer again.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-s.poke:
+		case <-again.C:
 		}
 		s.mu.Lock()
 		desired := s.desired
 		s.mu.Unlock()
-		srv = s.reconcile(srv, desired)
+		var wait time.Duration
+		if srv, wait = s.reconcile(srv, desired); wait > 0 {
+			again.Reset(wait)
+		}
 	}
 }
 
-// reconcile makes the server do what c says and returns it: the one given, a new one, or nil.
-func (s *Speaker) reconcile(srv *server, c Config) *server {
+// reconcile makes the server do what c says and returns it: the one given, a new one, or nil. It is to be called again after wait,
+// if that is not 0.
+func (s *Speaker) reconcile(srv *server, c Config) (_ *server, wait time.Duration) {
 	t, refused, problems := tableOf(c)
 	for _, err := range problems {
 		s.log.Error("route is not advertised", "error", err)
@@ -145,15 +168,24 @@ func (s *Speaker) reconcile(srv *server, c Config) *server {
 			}
 		}
 	}
+	paths := s.monitor.Sessions()
+	s.monitor.Set(watched(t.watched, onLink, paths))
 	if srv == nil {
 		s.show(nil, refused)
-		return nil
+		return nil, 0
 	}
+	srv.judgeGates(t.watched, paths)
 	for name, err := range srv.apply(t) {
 		refused[name] = err.Error()
 	}
+	switch {
+	case srv.applyGates(t.watched):
+		wait = recheckSession
+	case slices.ContainsFunc(t.watched, Peer.internal):
+		wait = recheckLinks
+	}
 	s.show(srv.board, refused)
-	return srv
+	return srv, wait
 }
 
 // show makes b and refused what Sessions reports.
@@ -169,12 +201,16 @@ func (s *Speaker) Sessions() []Session {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	sessions := make([]Session, 0, len(s.desired.Peers))
+	paths := s.monitor.Sessions()
 	for _, p := range s.desired.Peers {
 		session := Session{Peer: p.Name, Address: p.Address, State: "idle", Since: s.since}
 		if why, ok := s.refused[p.Name]; ok {
 			session.Reason = why
 		} else if s.board != nil {
 			session = s.board.session(session)
+		}
+		if path, ok := statusOf(paths, p.Address); ok && p.BFD.Multiplier > 0 {
+			session.BFD = &path
 		}
 		sessions = append(sessions, session)
 	}

@@ -30,6 +30,7 @@ type boardEntry struct {
 	since  time.Time
 	reason string
 	routes routeCount // for the peer, whether or not there is a session
+	holds  string     // why we are ending the session
 
 	ipv4, ipv6 bool      // families the session in state established carries
 	revive     time.Time // when a session that exceeded the prefix limit may be tried again; zero = it did not
@@ -101,6 +102,8 @@ func (b *board) event(s apiutil.PeerState, at time.Time) {
 			e.reason = fmt.Sprintf("the peer sent more than %d prefixes of a family; next attempt in %v", prefixLimit, prefixLimitPause)
 			e.revive = time.Now().Add(prefixLimitPause)
 			time.AfterFunc(prefixLimitPause, b.wake)
+		} else if e.holds != "" {
+			e.reason, e.holds = e.holds, ""
 		} else if reason := downReason(e.peer, s); reason != "" {
 			e.reason = reason
 		}
@@ -112,6 +115,30 @@ func (b *board) event(s apiutil.PeerState, at time.Time) {
 	b.onChange()
 }
 
+// held notes why a session is being ended, or kept from beginning.
+func (b *board) held(address netip.Addr, reason string) {
+	b.mu.Lock()
+	e, ok := b.sessions[address]
+	idle := ok && e.state == "idle"
+	if ok && !idle {
+		e.holds = reason
+	}
+	b.mu.Unlock()
+	if idle {
+		b.failed(address, reason)
+	}
+}
+
+// state is that of the session with a peer; empty = there is no such peer.
+func (b *board) state(address netip.Addr) string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if e, ok := b.sessions[address]; ok {
+		return e.state
+	}
+	return ""
+}
+
 // failed notes why an attempt to have a session failed.
 func (b *board) failed(address netip.Addr, reason string) {
 	b.mu.Lock()
@@ -119,7 +146,7 @@ func (b *board) failed(address netip.Addr, reason string) {
 	if ok && reason == refusedOpen {
 		reason = refusal(e.peer)
 	}
-	changed := ok && e.reason != reason
+	changed := ok && e.reason != reason && e.holds == "" // what we do about a session we hold is no reason
 	if changed {
 		e.reason = reason
 		b.log.Warn("no BGP session", "peer", e.peer.Name, "address", e.peer.Address, "reason", reason)

@@ -48,6 +48,8 @@ type server struct {
 	held    table             // what gobgp holds; audiences may have some more
 	numbers map[string]uint32 // of audiences, by key; a number is never used for a second one
 	started bool              // the first table has been applied
+
+	gates map[netip.Addr]*gate // of the peers that BFD watches, by Peer.Address
 }
 
 // startServer starts a gobgp that has no peers and no paths. It calls wake when apply has something to do although
@@ -66,6 +68,7 @@ func startServer(log *slog.Logger, routerID netip.Addr, asn uint32, wake, onChan
 		unwatch:  cancel,
 		held:     table{paths: map[netip.Prefix]path{}, audiences: map[string]audience{}},
 		numbers:  map[string]uint32{},
+		gates:    map[netip.Addr]*gate{},
 	}
 	go s.gobgp.Serve()
 	if err := s.start(ctx, asn); err != nil {
@@ -180,7 +183,11 @@ func (s *server) apply(t table) map[string]error {
 	}
 
 	for _, o := range adding {
-		if err := s.gobgp.AddPeer(ctx, &api.AddPeerRequest{Peer: neighbor(o.peer, !s.started)}); err != nil {
+		n := neighbor(o.peer, !s.started)
+		if g := s.gates[o.peer.Address]; g != nil {
+			n.Conf.AdminDown = !g.open
+		}
+		if err := s.gobgp.AddPeer(ctx, &api.AddPeerRequest{Peer: n}); err != nil {
 			failed[o.peer.Name] = fmt.Errorf("add peer %s at %v: %w", o.peer.Name, o.peer.Address, err)
 			s.log.Error("no session", "error", failed[o.peer.Name])
 			continue

@@ -12,7 +12,8 @@ import (
 
 // table is a Config in the form gobgp can hold: one path for each prefix.
 type table struct {
-	peers     []Peer
+	peers     []Peer // without their BFD, which no session of gobgp depends on
+	watched   []Peer // those with BFD
 	paths     map[netip.Prefix]path
 	audiences map[string]audience // of the paths, by key
 }
@@ -87,6 +88,10 @@ func tableOf(c Config) (t table, refused map[string]string, problems []error) {
 			refused[p.Name] = fmt.Sprintf("Address %v is that of peer %s", p.Address, other)
 		} else {
 			addresses[address] = p.Name
+			if p.BFD.Multiplier > 0 {
+				t.watched = append(t.watched, p)
+			}
+			p.BFD = BFD{}
 			t.peers = append(t.peers, p)
 		}
 	}

@@ -54,6 +54,11 @@ func TestDiff(t *testing.T) {
 			want: []string{"withdraw route 192.0.2.1/32 next-hop 10.99.0.1", "announce route 192.0.2.3/32 next-hop 10.99.0.1"},
 		},
 		{
+			name: "a peer's BFD changes",
+			from: config([]Peer{a, fast(b)}, to("192.0.2.1/32")),
+			to:   config([]Peer{fast(a), b}, to("192.0.2.1/32")),
+		},
+		{
 			name: "a route's communities change",
 			from: config([]Peer{a}, to("192.0.2.1/32"), to("192.0.2.2/32")),
 			to:   config([]Peer{a}, red, to("192.0.2.2/32")),

@@ -1,5 +1,5 @@
 // Package v1beta1 holds the objects of API group metallb.io, version v1beta1: IPAddressPool,
-// L2Advertisement and BGPAdvertisement.
+// L2Advertisement, BGPAdvertisement and BFDProfile.
 //
 // The group and every field name are MetalLB's, so that a cluster's existing objects keep working.
 // The types are only the wire form: package config turns them into validated values.
@@ -22,6 +22,7 @@ var schemeBuilder = runtime.NewSchemeBuilder(func(s *runtime.Scheme) error {
 		&IPAddressPool{}, &IPAddressPoolList{},
 		&L2Advertisement{}, &L2AdvertisementList{},
 		&BGPAdvertisement{}, &BGPAdvertisementList{},
+		&BFDProfile{}, &BFDProfileList{},
 	)
 	metav1.AddToGroupVersion(s, SchemeGroupVersion)
 	return nil

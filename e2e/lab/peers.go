@@ -40,11 +40,12 @@ exit
 `, local, peer, routerNumber, lan.v4, lan.v6, MaxNodes)
 }
 
-// FRR is FRRouting's zebra and bgpd in a host: zebra puts the routes that bgpd learns into the host's kernel.
+// FRR is FRRouting's zebra, bfdd and bgpd in a host: zebra puts the routes that bgpd learns into the host's kernel, and bfdd watches the
+// paths to the neighbors that bgpd is told to watch.
 type FRR struct {
-	host        *Host
-	folder      string // configuration and sockets
-	zebra, bgpd *Process
+	host              *Host
+	folder            string // configuration and sockets
+	zebra, bfdd, bgpd *Process
 }
 
 // StartFRR starts FRRouting in the host with a configuration of bgpd, such as RouterConfig's, and returns when it
@@ -60,6 +61,12 @@ func (h *Host) StartFRR(ctx context.Context, config string) (*FRR, error) {
 	}
 	// bgpd looks for zebra once and then every ten seconds.
 	if err := f.zebra.Await(ctx, "zebra ready", time.Minute, f.listens("zebra.vty")); err != nil {
+		return nil, err
+	}
+	if f.bfdd, err = f.start("bfdd", "--bfdctl="+filepath.Join(f.folder, "bfdd.sock")); err != nil {
+		return nil, err
+	}
+	if err := f.bfdd.Await(ctx, "bfdd ready", time.Minute, f.listens("bfdd.vty")); err != nil {
 		return nil, err
 	}
 	if f.bgpd, err = f.start("bgpd", "--bgp_port=179"); err != nil {
@@ -78,6 +85,7 @@ func (f *FRR) prepare(config string) error {
 	}
 	files := map[string][]byte{
 		filepath.Join(f.folder, "zebra.conf"): []byte("log stdout informational\n"),
+		filepath.Join(f.folder, "bfdd.conf"):  []byte("log stdout informational\n"),
 		filepath.Join(f.folder, "bgpd.conf"):  []byte("log stdout informational\n" + config),
 		filepath.Join(f.folder, "vtysh.conf"): nil,
 	}
@@ -152,12 +160,13 @@ func (f *FRR) vtysh(ctx context.Context, commands ...string) (string, error) {
 	return out, nil
 }
 
-// Stop ends both daemons; the routes they put into the kernel go.
-func (f *FRR) Stop() error { return errors.Join(f.bgpd.Stop(), f.zebra.Stop()) }
+// Stop ends the daemons; the routes they put into the kernel go.
+func (f *FRR) Stop() error { return errors.Join(f.bgpd.Stop(), f.bfdd.Stop(), f.zebra.Stop()) }
 
-// Kill ends both daemons as a crash would: sessions break, the routes stay in the router's kernel.
+// Kill ends the daemons as a crash would: sessions break, the routes stay in the router's kernel.
 func (f *FRR) Kill() {
 	f.bgpd.Kill()
+	f.bfdd.Kill()
 	f.zebra.Kill()
 }
 
