@@ -1,5 +1,5 @@
 // Package v1beta1 holds the objects of API group metallb.io, version v1beta1: IPAddressPool,
-// L2Advertisement and BGPAdvertisement.
+// L2Advertisement, BGPAdvertisement and Community.
 //
 // The group and every field name are MetalLB's, so that a cluster's existing objects keep working.
 // The types are only the wire form: package config turns them into validated values.
@@ -22,6 +22,11 @@ var schemeBuilder = runtime.NewSchemeBuilder(func(s *runtime.Scheme) error {
 		&IPAddressPool{}, &IPAddressPoolList{},
 		&L2Advertisement{}, &L2AdvertisementList{},
 		&BGPAdvertisement{}, &BGPAdvertisementList{},
+		&Community{}, &CommunityList{},
+		&BGPPeer{}, &BGPPeerList{},
+		&ServiceL2Status{}, &ServiceL2StatusList{},
+		&ServiceBGPStatus{}, &ServiceBGPStatusList{},
+		&ConfigurationState{}, &ConfigurationStateList{},
 	)
 	metav1.AddToGroupVersion(s, SchemeGroupVersion)
 	return nil
