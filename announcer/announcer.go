@@ -17,5 +17,7 @@ type Route struct {
 	Prefix      netip.Prefix
 	Peers       []string // names of the peers that get it; empty = all
 	LocalPref   uint32   // LOCAL_PREF (RFC 4271 section 5.1.5), iBGP only; 0 = not set
+	MED         uint32   // MULTI_EXIT_DISC (RFC 4271 section 5.1.4), lower is preferred; 0 = not set, which means the same
+	Prepend     uint8    // how many times our AS is added to AS_PATH beyond the once that is usual, eBGP only
 	Communities []string // a:b (RFC 1997) or large:a:b:c (RFC 8092)
 }

@@ -1,12 +1,10 @@
 package config
 
 import (
-	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
-	"strconv"
-	"strings"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
@@ -53,9 +51,7 @@ func ParseL2Advertisement(from *v1beta1.L2Advertisement) (L2Advertisement, error
 			from.Spec.NodeSelectors, from.Spec.ServiceSelectors),
 	}
 	for i, name := range from.Spec.Interfaces {
-		if name == "" || len(name) > 15 || strings.ContainsAny(name, "/: \t\n") { // dev_valid_name, net/core/dev.c
-			m.add(fmt.Sprintf("spec.interfaces[%d]", i), name, "not the name of a link")
-		}
+		m.link(fmt.Sprintf("spec.interfaces[%d]", i), name)
 	}
 	for i := range from.Spec.PreferredNodeSelectors {
 		p := &from.Spec.PreferredNodeSelectors[i]
@@ -77,11 +73,21 @@ type BGPAdvertisement struct {
 	AggregationLength   int      // 1 to 32: IPv4 addresses are advertised as prefixes of this length
 	AggregationLengthV6 int      // 1 to 128, for IPv6 addresses
 	LocalPref           uint32   // LOCAL_PREF (RFC 4271 section 5.1.5); 0 = not set
+	MED                 uint32   // MULTI_EXIT_DISC (RFC 4271 section 5.1.4); 0 = not set, which means the same
+	Prepend             uint8    // how many times our AS is added to AS_PATH for external peers, at most maxPrepend
 	Communities         []string // a:b (RFC 1997) or large:a:b:c (RFC 8092), decimal without leading zeros, no duplicates
 	Peers               []string // names of the peers that get it; empty = all
 
 	selection
 }
+
+// Annotations on a BGPAdvertisement, for what MetalLB has no fields. Both are numbers.
+const (
+	MEDAnnotation     = "longshore.dev/med"             // BGPAdvertisement.MED
+	PrependAnnotation = "longshore.dev/as-path-prepend" // BGPAdvertisement.Prepend
+)
+
+const maxPrepend = 10 // as FRR has it
 
 // Prefix is what is advertised for an address.
 func (a BGPAdvertisement) Prefix(addr netip.Addr) netip.Prefix {
@@ -92,25 +98,28 @@ func (a BGPAdvertisement) Prefix(addr netip.Addr) netip.Prefix {
 	return netip.PrefixFrom(addr, bits).Masked()
 }
 
-// ParseBGPAdvertisement validates a BGPAdvertisement.
-func ParseBGPAdvertisement(from *v1beta1.BGPAdvertisement) (BGPAdvertisement, error) {
+// ParseBGPAdvertisement validates a BGPAdvertisement. Names of communities are looked up in aliases; if that is nil they are
+// left out, for a caller that only asks whether the object itself is right.
+func ParseBGPAdvertisement(from *v1beta1.BGPAdvertisement, aliases Aliases) (BGPAdvertisement, error) {
 	m := mistakesOf("BGPAdvertisement", &from.ObjectMeta)
 	a := BGPAdvertisement{
 		Name:                from.Name,
 		AggregationLength:   m.length("spec.aggregationLength", from.Spec.AggregationLength, 32),
 		AggregationLengthV6: m.length("spec.aggregationLengthV6", from.Spec.AggregationLengthV6, 128),
 		LocalPref:           from.Spec.LocalPref,
+		MED:                 uint32(m.number(from, MEDAnnotation, 0, math.MaxUint32)),
+		Prepend:             uint8(m.number(from, PrependAnnotation, 0, maxPrepend)),
 		Peers:               from.Spec.Peers,
 		selection: m.selection(from.Spec.IPAddressPools, from.Spec.IPAddressPoolSelectors,
 			from.Spec.NodeSelectors, from.Spec.ServiceSelectors),
 	}
 	for i, text := range from.Spec.Communities {
-		c, err := parseCommunity(text)
+		c, err := aliases.community(text)
 		if err != nil {
 			m.add(fmt.Sprintf("spec.communities[%d]", i), text, "%w", err)
 			continue
 		}
-		if !slices.Contains(a.Communities, c) {
+		if c != "" && !slices.Contains(a.Communities, c) {
 			a.Communities = append(a.Communities, c)
 		}
 	}
@@ -138,34 +147,6 @@ func (m *mistakes) length(field string, bits *int32, longest int) int {
 		m.add(field, *bits, "must be between 1 and %d", longest)
 	}
 	return int(*bits)
-}
-
-// parseCommunity reads a:b (RFC 1997: 16 bits each) or large:a:b:c (RFC 8092: 32 bits each).
-func parseCommunity(text string) (string, error) {
-	numbers, large := strings.CutPrefix(text, "large:")
-	parts := strings.Split(numbers, ":")
-	want, bits := 2, 16
-	if large {
-		want, bits = 3, 32
-	}
-	switch {
-	case !strings.Contains(text, ":"):
-		return "", errors.New("an alias: Community objects are not supported yet, write a:b or large:a:b:c")
-	case len(parts) != want:
-		return "", errors.New("neither a:b nor large:a:b:c")
-	}
-	for i, p := range parts {
-		n, err := strconv.ParseUint(p, 10, bits)
-		if err != nil {
-			return "", fmt.Errorf("%q is not a number of %d bits", p, bits)
-		}
-		parts[i] = strconv.FormatUint(n, 10)
-	}
-	c := strings.Join(parts, ":")
-	if large {
-		c = "large:" + c
-	}
-	return c, nil
 }
 
 // selection is what an advertisement is for. The zero value selects everything.

@@ -45,11 +45,12 @@ type Agent struct {
 	DrainTimeout      time.Duration  // how long an endpoint that goes keeps its open connections, at most 24h; 0 = not at all
 	AuditPeriod       time.Duration  // how often the whole kernel state is compared, at least 10s; 0 = never
 	Kernel            KernelSettings
-	LoadBalancerClass string // the class of Services to announce; empty = those without a class
-	MembersPort       uint16 // TCP and UDP port on which agents watch each other, not 0
-	StatusSocket      string // absolute path of the Unix socket that answers `longshore status`
-	HealthAddress     string // host:port of /healthz and /livez, host empty = every address; empty = off
-	MetricsAddress    string // host:port of /metrics, likewise
+	GracefulShutdown  time.Duration // for how long BGP peers are asked to prefer other routes (RFC 8326) before this node's go, at most 10m; 0 = not at all
+	LoadBalancerClass string        // the class of Services to announce; empty = those without a class
+	MembersPort       uint16        // TCP and UDP port on which agents watch each other, not 0
+	StatusSocket      string        // absolute path of the Unix socket that answers `longshore status`
+	HealthAddress     string        // host:port of /healthz and /livez, host empty = every address; empty = off
+	MetricsAddress    string        // host:port of /metrics, likewise
 }
 
 // KernelSettings are settings of the kernel that others on the machine feel too. Zero leaves what the kernel has.
@@ -77,6 +78,7 @@ type agentFile struct {
 	DrainTimeout      string      `json:"drainTimeout"`
 	AuditPeriod       string      `json:"auditPeriod"`
 	Kernel            kernelFile  `json:"kernel"`
+	BGP               bgpFile     `json:"bgp"`
 	LoadBalancerClass string      `json:"loadBalancerClass"`
 	Members           membersFile `json:"members"`
 	StatusSocket      string      `json:"statusSocket"`
@@ -99,6 +101,10 @@ type conntrackFile struct {
 	UDPTimeout            string `json:"udpTimeout"`
 	UDPStreamTimeout      string `json:"udpStreamTimeout"`
 	TCPBeLiberal          bool   `json:"tcpBeLiberal"`
+}
+
+type bgpFile struct {
+	GracefulShutdown string `json:"gracefulShutdown"`
 }
 
 type membersFile struct {
@@ -125,6 +131,7 @@ func defaults() agentFile {
 				UDPStreamTimeout:      "0s",
 			},
 		},
+		BGP:            bgpFile{GracefulShutdown: "5s"},
 		Members:        membersFile{Port: 7946},
 		StatusSocket:   "/run/longshore/agent.sock",
 		HealthAddress:  ":10256",
@@ -189,6 +196,7 @@ func (f agentFile) validate(m *mistakes) Agent {
 		DrainTimeout:      m.duration("drainTimeout", f.DrainTimeout),
 		AuditPeriod:       m.duration("auditPeriod", f.AuditPeriod),
 		Kernel:            f.Kernel.validate(m),
+		GracefulShutdown:  m.duration("bgp.gracefulShutdown", f.BGP.GracefulShutdown),
 		LoadBalancerClass: f.LoadBalancerClass,
 		StatusSocket:      f.StatusSocket,
 		HealthAddress:     f.HealthAddress,
@@ -207,6 +215,9 @@ func (f agentFile) validate(m *mistakes) Agent {
 	}
 	if a.AuditPeriod != 0 && a.AuditPeriod < minAuditPeriod {
 		m.add("auditPeriod", f.AuditPeriod, "must be 0s or at least %s", minAuditPeriod)
+	}
+	if a.GracefulShutdown < 0 || a.GracefulShutdown > 10*time.Minute {
+		m.add("bgp.gracefulShutdown", f.BGP.GracefulShutdown, "must be between 0s and 10m")
 	}
 	if f.LoadBalancerClass != "" {
 		for _, reason := range validation.IsQualifiedName(f.LoadBalancerClass) {

@@ -110,13 +110,14 @@ func TestChart(t *testing.T) {
 
 func TestDefaultAgent(t *testing.T) {
 	want := Agent{
-		Scheduler:      "rr",
-		DrainTimeout:   15 * time.Minute,
-		AuditPeriod:    5 * time.Minute,
-		MembersPort:    7946,
-		StatusSocket:   "/run/longshore/agent.sock",
-		HealthAddress:  ":10256",
-		MetricsAddress: "127.0.0.1:10249",
+		Scheduler:        "rr",
+		DrainTimeout:     15 * time.Minute,
+		AuditPeriod:      5 * time.Minute,
+		GracefulShutdown: 5 * time.Second,
+		MembersPort:      7946,
+		StatusSocket:     "/run/longshore/agent.sock",
+		HealthAddress:    ":10256",
+		MetricsAddress:   "127.0.0.1:10249",
 	}
 	if diff := cmp.Diff(want, DefaultAgent(), compareNetip); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -150,6 +151,7 @@ kernel:
     udpTimeout: 30s
     udpStreamTimeout: 3m
     tcpBeLiberal: true
+bgp: {gracefulShutdown: 10m}
 loadBalancerClass: example.com/longshore
 members: {port: 1}
 statusSocket: /tmp/s
@@ -172,6 +174,7 @@ metricsAddress: ""
 			ConntrackUDPTimeout: 30 * time.Second, ConntrackUDPStreamTimeout: 3 * time.Minute,
 			ConntrackTCPBeLiberal: true,
 		},
+		GracefulShutdown:  10 * time.Minute,
 		LoadBalancerClass: "example.com/longshore",
 		MembersPort:       1,
 		StatusSocket:      "/tmp/s",
@@ -216,6 +219,7 @@ agent.yaml: nodePortAddresses: "::1/128": node ports are never served at loopbac
 		{"drain as a number", "drainTimeout: 15", `agent.yaml: drainTimeout: number where string should be`},
 		{"audit all the time", "auditPeriod: 9s", `agent.yaml: auditPeriod: "9s": must be 0s or at least 10s`},
 		{"audit backwards", "auditPeriod: -1h", `agent.yaml: auditPeriod: "-1h": must be 0s or at least 10s`},
+		{"shutdown forever", "bgp: {gracefulShutdown: 601s}", `agent.yaml: bgp.gracefulShutdown: "601s": must be between 0s and 10m`},
 		{"part of a second", "kernel: {udpTimeout: 1500ms}", `agent.yaml: kernel.udpTimeout: "1.5s": must be whole seconds, at most 596h31m23s`},
 		{"more than the kernel has", "kernel: {conntrack: {tcpEstablishedTimeout: 596h31m24s}}",
 			`agent.yaml: kernel.conntrack.tcpEstablishedTimeout: "596h31m24s": must be whole seconds, at most 596h31m23s`},

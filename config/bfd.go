@@ -33,14 +33,14 @@ func ParseBFDProfile(from *v1beta1.BFDProfile) (BFDProfile, error) {
 	m := mistakesOf("BFDProfile", &from.ObjectMeta)
 	spec := &from.Spec
 	milliseconds := func(field string, value *uint32) time.Duration {
-		return time.Duration(m.number(field, value, 10, 60000, defaultBFDInterval)) * time.Millisecond
+		return time.Duration(m.optional(field, value, 10, 60000, defaultBFDInterval)) * time.Millisecond
 	}
 	p := BFDProfile{
 		Name:       from.Name,
 		Receive:    milliseconds("spec.receiveInterval", spec.ReceiveInterval),
 		Transmit:   milliseconds("spec.transmitInterval", spec.TransmitInterval),
-		Multiplier: uint8(m.number("spec.detectMultiplier", spec.DetectMultiplier, 2, 255, defaultBFDMultiplier)),
-		MinimumTTL: uint8(m.number("spec.minimumTtl", spec.MinimumTTL, 1, 254, defaultBFDMinimumTTL)),
+		Multiplier: uint8(m.optional("spec.detectMultiplier", spec.DetectMultiplier, 2, 255, defaultBFDMultiplier)),
+		MinimumTTL: uint8(m.optional("spec.minimumTtl", spec.MinimumTTL, 1, 254, defaultBFDMinimumTTL)),
 		Echo:       spec.EchoMode != nil && *spec.EchoMode,
 		Passive:    spec.PassiveMode != nil && *spec.PassiveMode,
 	}
@@ -57,8 +57,8 @@ func ParseBFDProfile(from *v1beta1.BFDProfile) (BFDProfile, error) {
 	return p, nil
 }
 
-// number reads a number that need not be set.
-func (m *mistakes) number(field string, value *uint32, least, most, unset uint32) uint32 {
+// optional reads a number that need not be set.
+func (m *mistakes) optional(field string, value *uint32, least, most, unset uint32) uint32 {
 	switch {
 	case value == nil:
 		return unset

@@ -15,6 +15,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
@@ -48,6 +50,27 @@ func (m *mistakes) add(field string, value any, format string, args ...any) {
 // missing notes a field that must be set and is not.
 func (m *mistakes) missing(field string) {
 	m.errs = append(m.errs, fmt.Errorf("%s: %s: must be set", m.object, field))
+}
+
+// number reads an annotation that is a number; it is 0 if the object does not have it.
+func (m *mistakes) number(of metav1.Object, annotation string, least, most uint64) uint64 {
+	text, ok := of.GetAnnotations()[annotation]
+	if !ok {
+		return 0
+	}
+	n, err := strconv.ParseUint(text, 10, 64)
+	if err != nil || n < least || n > most {
+		m.add("annotation "+annotation, text, "must be a number between %d and %d", least, most)
+		return 0
+	}
+	return n
+}
+
+// link notes what cannot be the name of a link.
+func (m *mistakes) link(field, name string) {
+	if name == "" || len(name) > 15 || strings.ContainsAny(name, "/: \t\n") { // dev_valid_name, net/core/dev.c
+		m.add(field, name, "not the name of a link")
+	}
 }
 
 func (m *mistakes) err() error { return errors.Join(m.errs...) }

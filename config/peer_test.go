@@ -1,6 +1,7 @@
 package config_test
 
 import (
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -28,14 +29,18 @@ func TestParsePeerErrors(t *testing.T) {
 	}{
 		{"nothing", func(s *spec) { *s = spec{} }, []string{
 			`spec.myASN: must be set`, `spec.peerASN: must be set`, `spec.peerAddress: must be set`}},
-		{"dynamic AS", func(s *spec) { s.PeerASN, s.DynamicASN = 0, "external" }, []string{
-			`spec.dynamicASN: "external": field not supported yet`}},
-		{"two AS", func(s *spec) { s.DynamicASN = "internal" }, []string{
-			`spec.dynamicASN: "internal": field not supported yet`, `spec.peerASN: 64513: excludes dynamicASN`}},
-		{"unnumbered", func(s *spec) { s.PeerAddress, s.Interface = "", "eth0" }, []string{`spec.interface: "eth0": field not supported yet`}},
-		{"two ways", func(s *spec) { s.Interface = "eth0" }, []string{
-			`spec.interface: "eth0": field not supported yet`, `spec.peerAddress: "192.0.2.1": excludes interface`}},
-		{"VRF", func(s *spec) { s.VRF = "red" }, []string{`spec.vrf: "red": field not supported yet`}},
+		{"dynamic AS", func(s *spec) { s.PeerASN, s.DynamicASN = 0, "any" }, []string{`spec.dynamicASN: "any": neither internal nor external`}},
+		{"two AS", func(s *spec) { s.DynamicASN = "internal" }, []string{`spec.peerASN: 64513: excludes dynamicASN`}},
+		{"multihop inside, dynamic AS", func(s *spec) { s.PeerASN, s.DynamicASN, s.EBGPMultiHop = 0, "internal", true }, []string{
+			`spec.ebgpMultiHop: true: the peer is internal: AS 64512`}},
+		{"unnumbered", func(s *spec) {
+			s.PeerAddress, s.Interface, s.SourceAddress, s.EBGPMultiHop = "", "eth/0", "192.0.2.7", true
+		}, []string{
+			`spec.interface: "eth/0": not the name of a link`,
+			`spec.sourceAddress: "192.0.2.7": excludes interface, whose link-local address it is`,
+			`spec.ebgpMultiHop: true: excludes interface`}},
+		{"two ways", func(s *spec) { s.Interface = "eth0" }, []string{`spec.peerAddress: "192.0.2.1": excludes interface`}},
+		{"VRF", func(s *spec) { s.VRF = "red blue" }, []string{`spec.vrf: "red blue": not the name of a link`}},
 		{"addresses", func(s *spec) { s.PeerAddress, s.SourceAddress, s.RouterID = "tor.example", "192.0.2", "1" }, []string{
 			`spec.peerAddress: "tor.example": "tor.example" is not an IP address`,
 			`spec.sourceAddress: "192.0.2": "192.0.2" is not an IP address`,
@@ -47,8 +52,8 @@ func TestParsePeerErrors(t *testing.T) {
 		{"families", func(s *spec) { s.SourceAddress, s.RouterID = "fd00::1", "fd00::1" }, []string{
 			`spec.sourceAddress: "fd00::1": not of the family of peerAddress 192.0.2.1`,
 			`spec.routerID: "fd00::1": must be an IPv4 address`}},
-		{"hold time zero", func(s *spec) { s.HoldTime = seconds(0) }, []string{
-			`spec.holdTime: "0s": value not supported yet, write at least 3s`}},
+		{"keepalives without hold time", func(s *spec) { s.HoldTime, s.KeepaliveTime = seconds(0), seconds(30) }, []string{
+			`spec.keepaliveTime: "30s": must be 0s or not set with holdTime 0s`}},
 		{"hold time short", func(s *spec) { s.HoldTime = seconds(2) }, []string{`spec.holdTime: "2s": must be between 3s and 18h12m15s`}},
 		{"hold time long", func(s *spec) { s.HoldTime = seconds(65536) }, []string{
 			`spec.holdTime: "18h12m16s": must be between 3s and 18h12m15s`}},
@@ -95,6 +100,34 @@ func TestParsePeer(t *testing.T) {
 		want config.Peer
 	}{
 		{
+			"inside, whatever our AS is, and never missed",
+			v1beta2.BGPPeerSpec{MyASN: 64512, LocalASN: 64513, DynamicASN: "internal", PeerAddress: "192.0.2.1", HoldTime: seconds(0), KeepaliveTime: seconds(0), DisableMP: true},
+			config.Peer{
+				Name: "tor", MyASN: 64512, LocalASN: 64513, PeerASN: 64513, Address: netip.MustParseAddr("192.0.2.1"),
+				Port: 179, HoldTime: 65535 * time.Second, KeepaliveTime: 21845 * time.Second,
+				Warnings: []string{
+					`BGPPeer longshore-system/tor: spec.disableMP: true: the session still offers both families (RFC 4760); only routes of peerAddress's own are sent`,
+					`BGPPeer longshore-system/tor: spec.holdTime: "0s": the speaker cannot offer 0; it offers 18h12m15s, and takes 0 if the peer offers that`,
+				},
+			},
+		},
+		{
+			"unnumbered",
+			v1beta2.BGPPeerSpec{MyASN: 64512, PeerASN: 64513, Interface: "eth0"},
+			config.Peer{
+				Name: "tor", MyASN: 64512, PeerASN: 64513, Interface: "eth0", DualStack: true,
+				Port: 179, HoldTime: 90 * time.Second, KeepaliveTime: 30 * time.Second,
+			},
+		},
+		{
+			"outside, in a VRF",
+			v1beta2.BGPPeerSpec{MyASN: 64512, DynamicASN: "external", PeerAddress: "192.0.2.1", VRF: "red"},
+			config.Peer{
+				Name: "tor", MyASN: 64512, AnyASN: true, Address: netip.MustParseAddr("192.0.2.1"), VRF: "red",
+				Port: 179, HoldTime: 90 * time.Second, KeepaliveTime: 30 * time.Second,
+			},
+		},
+		{
 			"defaults",
 			v1beta2.BGPPeerSpec{MyASN: 64512, PeerASN: 64513, PeerAddress: "192.0.2.1"},
 			config.Peer{
@@ -133,5 +166,27 @@ func TestParsePeer(t *testing.T) {
 				t.Errorf("selects the wrong nodes: %v", test.spec.NodeSelectors)
 			}
 		})
+	}
+}
+
+func TestParsePeerTTLSecurity(t *testing.T) {
+	for value, want := range map[string]string{
+		"1": "", "254": "",
+		"0":   `BGPPeer longshore-system/tor: annotation longshore.dev/ttl-security-hops: "0": must be a number between 1 and 254`,
+		"255": `BGPPeer longshore-system/tor: annotation longshore.dev/ttl-security-hops: "255": must be a number between 1 and 254`,
+		"":    `BGPPeer longshore-system/tor: annotation longshore.dev/ttl-security-hops: "": must be a number between 1 and 254`,
+	} {
+		from := &v1beta2.BGPPeer{
+			ObjectMeta: annotated(meta("tor"), config.TTLSecurityAnnotation, value),
+			Spec:       v1beta2.BGPPeerSpec{MyASN: 64512, PeerASN: 64513, PeerAddress: "192.0.2.1"},
+		}
+		got, err := config.ParsePeer(from)
+		if text(err) != want || err == nil && fmt.Sprint(got.TTLSecurityHops) != value {
+			t.Errorf("%q: %d hops, error %q, want %q", value, got.TTLSecurityHops, text(err), want)
+		}
+		from.Spec.EBGPMultiHop = true
+		if _, err = config.ParsePeer(from); want == "" && text(err) != `BGPPeer longshore-system/tor: spec.ebgpMultiHop: true: excludes annotation longshore.dev/ttl-security-hops` {
+			t.Errorf("%q and multihop: error %q", value, text(err))
+		}
 	}
 }

@@ -25,6 +25,8 @@ import (
 	"github.com/longshore-lb/longshore/announcer"
 	"github.com/longshore-lb/longshore/announcer/bgp"
 	"github.com/longshore-lb/longshore/config"
+	"github.com/longshore-lb/longshore/config/v1beta1"
+	"github.com/longshore-lb/longshore/config/v1beta2"
 	"github.com/longshore-lb/longshore/ipvs"
 )
 
@@ -89,6 +91,8 @@ type AgentOptions struct {
 	Log       *slog.Logger
 	// Password reads the password of a BGP peer from the Secret of that name; nil if there are no Secrets.
 	Password func(ctx context.Context, secret string) (string, error)
+	// Reports takes what the agent says of itself; nil if there is no API server.
+	Reports Reports
 	// WatchPods makes the inbox receive pods too. It is called once, when a Service first wants their weights; nil if there
 	// are no pods to watch.
 	WatchPods func()
@@ -134,13 +138,17 @@ type Agent struct {
 	node      NodeView
 	overlaps  []string // ServiceCIDRs that have a node's address in them, as last reported
 	network   NetworkView
-	peers     []config.Peer
-	paths     map[string]bgp.BFD // how the path to each of these is watched, by the peer's name
+	peers     []watchedPeer
 	settled   bool
-	adopted   bool // the first pass is over
-	untold    bool // the view of the network has changed since the network was last told
-	stale     bool // the configuration could not be read whole, such as a password
+	adopted   bool        // the first pass is over
+	unsaid    bool        // Reports has not been told of what changed last
+	leaving   time.Time   // until when this node still advertises by BGP although it is excluded
+	left      *time.Timer // when it does not any more
+	untold    bool        // the view of the network has changed since the network was last told
+	stale     bool        // the configuration could not be read whole, such as a password
 	pools     goodPools
+	good      goodObjects
+	warned    []string                             // what of their BGPPeers does not come about as it is said
 	refused   []string                             // why objects of group metallb.io are not in use
 	told      map[types.NamespacedName][]Announced // what the network was last told
 	announced int                                  // how many addresses that is
@@ -178,6 +186,7 @@ func NewAgent(o AgentOptions) *Agent {
 		ramping:      map[types.NamespacedName]struct{}{},
 		marks:        marks{},
 		told:         map[types.NamespacedName][]Announced{},
+		good:         newGoodObjects(),
 	}
 	a.metrics.registry.MustRegister(bfdMetrics{o.Speaker.Sessions})
 	a.checks = NewHealthChecks(o.Log, func() bool { return a.health.at(time.Now()).live })
@@ -210,6 +219,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	settle := time.After(settleAfter)
 	retry := time.NewTimer(0)
 	retry.Stop()
+	a.left = time.NewTimer(0)
+	a.left.Stop()
 	upkeep := time.NewTicker(upkeepEvery)
 	defer upkeep.Stop()
 	audit, stop := every(a.Config.AuditPeriod)
@@ -226,6 +237,8 @@ func (a *Agent) Run(ctx context.Context) error {
 			continue
 		case <-a.Inbox.poke:
 		case <-membersChanged:
+			again = true
+		case <-a.left.C:
 			again = true
 		case <-settle:
 			a.settled, again = true, true
@@ -298,6 +311,7 @@ func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged
 	a.report(t.services)
 	a.checkServices(t.services)
 	a.announce(t.services, networkChanged)
+	a.sayIt()
 	p.services, p.announced, p.draining = len(a.services), a.announced, a.desired.Draining()
 	p.noLocalInternal, p.noLocalExternal = a.noLocal[0], a.noLocal[1]
 	a.ends(p)
@@ -479,11 +493,12 @@ func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool
 		before := a.network
 		a.network.Node = a.Node
 		a.network.Nodes = a.candidates()
+		a.network.Leaving = a.leaves(before)
 		a.network.ThisNodeLabels = nil
 		if n := a.snapshot.nodes[types.NamespacedName{Name: a.Node}]; n != nil {
 			a.network.ThisNodeLabels = n.Labels
 		}
-		networkChanged = t.config || !reflect.DeepEqual(before.Nodes, a.network.Nodes) ||
+		networkChanged = t.config || before.Leaving != a.network.Leaving || !reflect.DeepEqual(before.Nodes, a.network.Nodes) ||
 			!maps.Equal(before.ThisNodeLabels, a.network.ThisNodeLabels)
 	}
 	return networkChanged
@@ -611,13 +626,32 @@ func (a *Agent) candidates() map[string]labels.Set {
 		alive = a.Members.Alive()
 	}
 	for _, n := range a.snapshot.nodes {
-		_, excluded := n.Labels[corev1.LabelNodeExcludeBalancers]
-		if excluded || !nodeReady(n) || alive != nil && !slices.Contains(alive, n.Name) || a.Members == nil && n.Name != a.Node {
+		if excluded(n) || !nodeReady(n) || alive != nil && !slices.Contains(alive, n.Name) || a.Members == nil && n.Name != a.Node {
 			continue
 		}
 		out[n.Name] = n.Labels
 	}
 	return out
+}
+
+// leaves tells whether this node is excluded from load balancers, and was not a while ago: then its routes stay for that while,
+// and peers are asked to prefer others (RFC 8326).
+func (a *Agent) leaves(before NetworkView) bool {
+	n := a.snapshot.nodes[types.NamespacedName{Name: a.Node}]
+	if n == nil || !excluded(n) {
+		return false
+	}
+	if _, announced := before.Nodes[a.Node]; announced {
+		a.leaving = time.Now().Add(a.Config.GracefulShutdown)
+		a.left.Reset(a.Config.GracefulShutdown)
+	}
+	return time.Now().Before(a.leaving)
+}
+
+// excluded tells whether a node is not to announce LoadBalancer addresses.
+func excluded(n *corev1.Node) bool {
+	_, ok := n.Labels[corev1.LabelNodeExcludeBalancers]
+	return ok
 }
 
 func nodeReady(n *corev1.Node) bool {
@@ -633,18 +667,24 @@ func nodeReady(n *corev1.Node) bool {
 	return ready
 }
 
-// updateConfig validates the metallb.io objects. One that is wrong is reported and left out; a pool then stays as it was.
+// updateConfig validates the metallb.io objects. One that is wrong is reported, and stays as it last was right.
 func (a *Agent) updateConfig(ctx context.Context) {
-	var refused []string
-	note := func(o Object, reason string, err error) {
+	var refused, warned []string
+	report := func(o Object, err error) {
 		if !slices.Contains(a.refused, err.Error()) {
-			a.Log.Warn("problem with the configuration", "reason", reason, "error", err)
-			a.Events.Event(o, corev1.EventTypeWarning, reason, err.Error())
+			a.Log.Warn("configuration refused", "error", err)
+			a.Events.Event(o, corev1.EventTypeWarning, "ConfigurationRefused", err.Error())
 		}
 		refused = append(refused, err.Error())
 	}
-	report := func(o Object, err error) { note(o, "ConfigurationRefused", err) }
-	defer func() { a.refused = refused }()
+	warn := func(o Object, reason, message string) {
+		if !slices.Contains(a.warned, message) {
+			a.Log.Warn("configuration not taken as it is", "warning", message)
+			a.Events.Event(o, corev1.EventTypeWarning, reason, message)
+		}
+		warned = append(warned, message)
+	}
+	defer func() { a.refused, a.warned, a.unsaid = refused, warned, true }()
 	a.stale = false
 	var poolErrs []refusedPool
 	a.network.Pools, poolErrs = a.pools.parse(a.snapshot.pools) // the cluster's loop sends the events about pools
@@ -655,57 +695,42 @@ func (a *Agent) updateConfig(ctx context.Context) {
 			a.network.Unusable = append(a.network.Unusable, config.Pool{Name: r.object.Name, Labels: r.object.Labels})
 		}
 	}
-	a.network.Layer2 = nil
-	for _, o := range sorted(a.snapshot.layer2) {
-		if adv, err := config.ParseL2Advertisement(o); err != nil {
-			report(o, err)
-		} else {
-			a.network.Layer2 = append(a.network.Layer2, adv)
-		}
-	}
-	a.network.BGP = nil
-	for _, o := range sorted(a.snapshot.bgp) {
-		if adv, err := config.ParseBGPAdvertisement(o); err != nil {
-			report(o, err)
-		} else {
-			a.network.BGP = append(a.network.BGP, adv)
-		}
-	}
-	profiles := a.parseProfiles(report, note)
-	before, paths := a.peers, map[string]bgp.BFD{}
-	a.peers = nil
-	for _, o := range sorted(a.snapshot.peers) {
-		peer, err := config.ParsePeer(o)
-		if err == nil && peer.PasswordSecret != "" {
-			if a.Password == nil {
-				err = fmt.Errorf("BGPPeer %s: spec.passwordSecret: %q: there are no Secrets without a cluster, write spec.password", nameOf(o), peer.PasswordSecret)
-			} else {
-				reading, cancel := context.WithTimeout(ctx, retryAfter) // the API server may be away, the nodes are not
-				peer.Password, err = a.Password(reading, peer.PasswordSecret)
-				cancel()
-				if err != nil {
-					err = fmt.Errorf("BGPPeer %s: spec.passwordSecret: %w", nameOf(o), err)
-					a.stale = true
-				}
-			}
-		}
+	a.network.Layer2 = inUse(a.good.layer2, a.snapshot.layer2, config.ParseL2Advertisement, report)
+	aliases := aliasesOf(a.good.communities, a.snapshot.communities, report)
+	a.network.BGP = inUse(a.good.bgp, a.snapshot.bgp, func(o *v1beta1.BGPAdvertisement) (config.BGPAdvertisement, error) {
+		return config.ParseBGPAdvertisement(o, aliases)
+	}, report)
+	profiles := a.profiles(report, warn)
+	a.peers = inUse(a.good.peers, a.snapshot.peers, func(o *v1beta2.BGPPeer) (watchedPeer, error) {
+		peer, err := a.parsePeer(ctx, o)
 		if err != nil {
-			report(o, err)
-			continue
+			return watchedPeer{}, err
 		}
-		path, ok := pathOf(peer, profiles)
-		if !ok { // without a profile there is no session; one that there is stays as it is
-			report(o, fmt.Errorf("BGPPeer %s: spec.bfdProfile: %q: no BFDProfile in use has this name", nameOf(o), peer.BFDProfile))
-			at := slices.IndexFunc(before, func(p config.Peer) bool { return p.Name == peer.Name })
-			if at < 0 {
-				continue
-			}
-			peer, path = before[at], a.paths[peer.Name]
+		return watchedBy(o, peer, profiles)
+	}, report)
+	for _, o := range sorted(a.snapshot.peers) {
+		for _, message := range a.good.peers[nameOf(o)].Warnings {
+			warn(o, "Unsupported", message)
 		}
-		a.peers = append(a.peers, peer)
-		paths[peer.Name] = path
 	}
-	a.paths = paths
+}
+
+// parsePeer validates a peer and reads its password.
+func (a *Agent) parsePeer(ctx context.Context, o *v1beta2.BGPPeer) (config.Peer, error) {
+	peer, err := config.ParsePeer(o)
+	if err != nil || peer.PasswordSecret == "" {
+		return peer, err
+	}
+	if a.Password == nil {
+		return peer, fmt.Errorf("BGPPeer %s: spec.passwordSecret: %q: there are no Secrets without a cluster, write spec.password", nameOf(o), peer.PasswordSecret)
+	}
+	reading, cancel := context.WithTimeout(ctx, retryAfter) // the API server may be away, the nodes are not
+	defer cancel()
+	if peer.Password, err = a.Password(reading, peer.PasswordSecret); err != nil {
+		a.stale = true
+		return peer, fmt.Errorf("BGPPeer %s: spec.passwordSecret: %w", nameOf(o), err)
+	}
+	return peer, nil
 }
 
 // translate brings one Service up to date and returns what the kernel should hold for it.
@@ -965,44 +990,68 @@ func (a *Agent) tell() {
 	a.Layer2.Set(addrs)
 	a.Speaker.Set(a.speakerConfig(routes))
 	a.announced = len(all)
+	a.unsaid = true
 }
 
 // speakerConfig is the sessions and routes of this node. A peer gets routes of the family of its own address, and of the
 // other one only if it asks for both.
 func (a *Agent) speakerConfig(routes []announcer.Route) bgp.Config {
-	c := bgp.Config{NextHop4: a.node.Address(false), NextHop6: a.node.Address(true)}
+	c := bgp.Config{
+		NextHop4: a.node.Address(false), NextHop6: a.node.Address(true),
+		Shutdown: a.network.Leaving, ShutdownTime: a.Config.GracefulShutdown,
+	}
 	c.RouterID = c.NextHop4
-	var peers []config.Peer
-	for _, p := range a.peers {
-		if !p.SelectsNode(a.network.ThisNodeLabels) {
-			continue
-		}
-		peers = append(peers, p)
+	peers := a.sessionPeers()
+	for _, p := range peers {
 		if p.RouterID.IsValid() {
 			c.RouterID = p.RouterID
 		}
 		c.Peers = append(c.Peers, bgp.Peer{
-			Name: p.Name, MyASN: p.MyASN, PeerASN: p.PeerASN, LocalASN: p.LocalASN,
-			Address: p.Address, Source: p.Source, Port: p.Port,
-			HoldTime: p.HoldTime, KeepaliveTime: p.KeepaliveTime, ConnectTime: connectTime(p),
+			Name: p.Name, MyASN: p.MyASN, PeerASN: p.PeerASN, AnyASN: p.AnyASN, LocalASN: p.LocalASN,
+			Address: p.Address, Interface: p.Interface, Source: p.Source, Port: p.Port, Device: p.VRF, TTLSecurityHops: p.TTLSecurityHops,
+			HoldTime: p.HoldTime, KeepaliveTime: p.KeepaliveTime, ConnectTime: connectTime(p.Peer),
 			Password: p.Password, EBGPMultiHop: p.EBGPMultiHop, GracefulRestart: p.GracefulRestart,
-			BFD: a.paths[p.Name],
+			BFD: p.path,
 		})
 	}
 	for _, r := range routes {
-		var names []string
-		for _, p := range peers {
-			wanted := len(r.Peers) == 0 || slices.Contains(r.Peers, p.Name)
-			if wanted && (p.DualStack || p.Address.Is6() == r.Prefix.Addr().Is6()) {
-				names = append(names, p.Name)
-			}
-		}
-		if len(names) > 0 {
-			r.Peers = names
+		if r.Peers = peersOf(r, peers); len(r.Peers) > 0 {
 			c.Routes = append(c.Routes, r)
 		}
 	}
 	return c
+}
+
+// sessionPeers is the peers that this node keeps a session with.
+func (a *Agent) sessionPeers() []watchedPeer {
+	return slices.DeleteFunc(slices.Clone(a.peers), func(p watchedPeer) bool { return !p.SelectsNode(a.network.ThisNodeLabels) })
+}
+
+// peersOf is the names of those among peers that get a route.
+func peersOf(r announcer.Route, peers []watchedPeer) (names []string) {
+	for _, p := range peers {
+		wanted := len(r.Peers) == 0 || slices.Contains(r.Peers, p.Name)
+		if wanted && (p.DualStack || p.Address.Is6() == r.Prefix.Addr().Is6()) {
+			names = append(names, p.Name)
+		}
+	}
+	return names
+}
+
+// sayIt tells Reports what has changed.
+func (a *Agent) sayIt() {
+	n := a.snapshot.nodes[types.NamespacedName{Name: a.Node}]
+	if a.Reports == nil || !a.unsaid || n == nil {
+		return
+	}
+	a.unsaid = false
+	peers := a.sessionPeers()
+	a.Reports.Set(report(n, a.refused, a.told, func(w Announced) (names []string) {
+		for _, r := range w.Routes {
+			names = append(names, peersOf(r, peers)...)
+		}
+		return names
+	}))
 }
 
 // connectTime is a peer's connect time, as short as the speaker can have it; 0 = the speaker's default.

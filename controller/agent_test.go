@@ -480,7 +480,7 @@ func TestAgentFailure(t *testing.T) {
 		time.Sleep(settleAfter + time.Second) // what follows is due to the failures alone
 		inbox.Synced()
 		synctest.Wait()
-		if got := fmt.Sprint(m.answers, m.speaker.Routes); got != "[{192.0.2.2 []}] [{192.0.2.2/32 [tor] 0 []}]" || a.Ready() {
+		if got := fmt.Sprint(m.answers, m.speaker.Routes); got != "[{192.0.2.2 []}] [{192.0.2.2/32 [tor] 0 0 0 []}]" || a.Ready() {
 			t.Errorf("announced %s, ready %t", got, a.Ready())
 		}
 		status, err := a.Status(t.Context())
@@ -904,6 +904,11 @@ func TestAgentMembers(t *testing.T) {
 			n.inbox.Put(excluded)
 		}
 		owners("n1 is excluded", "n2")
+		if c := nodes[0].speaker; !c.Shutdown || len(c.Routes) != 1 || len(nodes[1].speaker.Routes) != 1 {
+			t.Errorf("an excluded node advertises %v, shutdown %t, the other one %v", c.Routes, c.Shutdown, nodes[1].speaker.Routes)
+		}
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
 		if len(nodes[0].speaker.Routes) != 0 || len(nodes[1].speaker.Routes) != 1 {
 			t.Errorf("an excluded node advertises %v, the other one %v", nodes[0].speaker.Routes, nodes[1].speaker.Routes)
 		}

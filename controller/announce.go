@@ -25,6 +25,9 @@ type NetworkView struct {
 	Nodes          map[string]labels.Set // those that may announce: alive, ready and not excluded, with their labels
 	ThisNodeLabels labels.Set
 
+	// Leaving says that this node is not among Nodes any more, because it is to be drained, and still advertises by BGP for a while.
+	Leaving bool
+
 	condition string // what else Nodes must fulfil
 }
 
@@ -39,6 +42,7 @@ func (v NetworkView) only(reach map[string]bool) NetworkView {
 			nodes[name] = l
 		}
 	}
+	v.Leaving = v.Leaving && reach[v.Node]
 	v.Nodes, v.condition = nodes, ", and has an endpoint (externalTrafficPolicy Local)"
 	return v
 }
@@ -136,6 +140,7 @@ func (v NetworkView) announceLayer2(a *Announced, pool config.Pool, serviceLabel
 // any that does, and whether any node advertises the address.
 func (v NetworkView) announceBGP(a *Announced, pool config.Pool, serviceLabels labels.Set) (selected, advertised bool) {
 	_, eligible := v.Nodes[v.Node]
+	eligible = eligible || v.Leaving
 	for _, adv := range v.BGP {
 		if !adv.SelectsPool(pool) || !adv.SelectsService(serviceLabels) {
 			continue
@@ -146,7 +151,7 @@ func (v NetworkView) announceBGP(a *Announced, pool config.Pool, serviceLabels l
 		}
 		if eligible && adv.SelectsNode(v.ThisNodeLabels) {
 			a.Routes = append(a.Routes, announcer.Route{
-				Prefix: adv.Prefix(a.Address), Peers: adv.Peers, LocalPref: adv.LocalPref, Communities: adv.Communities,
+				Prefix: adv.Prefix(a.Address), Peers: adv.Peers, LocalPref: adv.LocalPref, MED: adv.MED, Prepend: adv.Prepend, Communities: adv.Communities,
 			})
 		}
 	}
@@ -166,6 +171,8 @@ func compareRoutes(a, b announcer.Route) int {
 		a.Prefix.Compare(b.Prefix),
 		slices.Compare(a.Peers, b.Peers),
 		cmp.Compare(a.LocalPref, b.LocalPref),
+		cmp.Compare(a.MED, b.MED),
+		cmp.Compare(a.Prepend, b.Prepend),
 		slices.Compare(a.Communities, b.Communities),
 	)
 }

@@ -56,7 +56,7 @@ func bgpAdvertisements(t *testing.T, specs ...v1beta1.BGPAdvertisementSpec) []co
 	t.Helper()
 	var out []config.BGPAdvertisement
 	for _, spec := range specs {
-		a, err := config.ParseBGPAdvertisement(&v1beta1.BGPAdvertisement{Spec: spec})
+		a, err := config.ParseBGPAdvertisement(&v1beta1.BGPAdvertisement{Spec: spec}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -10,35 +10,51 @@ import (
 	"github.com/longshore-lb/longshore/announcer/bfd"
 	"github.com/longshore-lb/longshore/announcer/bgp"
 	"github.com/longshore-lb/longshore/config"
+	"github.com/longshore-lb/longshore/config/v1beta1"
+	"github.com/longshore-lb/longshore/config/v1beta2"
 )
 
-// parseProfiles is the BFDProfiles by name. Of those that are wrong, report is told; of those that ask for echo packets, note.
-func (a *Agent) parseProfiles(report func(Object, error), note func(o Object, reason string, err error)) map[string]config.BFDProfile {
+// watchedPeer is a peer, and how the path to it is watched.
+type watchedPeer struct {
+	config.Peer
+	path bgp.BFD
+}
+
+// profiles is the BFDProfiles in use by name.
+func (a *Agent) profiles(report func(Object, error), warn func(o Object, reason, message string)) map[string]config.BFDProfile {
 	profiles := map[string]config.BFDProfile{}
-	for _, o := range sorted(a.snapshot.profiles) {
-		p, err := config.ParseBFDProfile(o)
-		if err != nil {
-			report(o, err)
-			continue
-		}
+	for _, p := range inUse(a.good.profiles, a.snapshot.profiles, config.ParseBFDProfile, report) {
 		profiles[p.Name] = p
-		if p.Echo {
-			note(o, "EchoNotSent", fmt.Errorf("BFDProfile %s: spec.echoMode: true: longshore sends no echo packets; control packets alone watch the path", nameOf(o)))
+	}
+	for _, o := range sorted(a.snapshot.profiles) {
+		for _, message := range echoWarning(o, profiles[o.Name]) {
+			warn(o, "EchoNotSent", message)
 		}
 	}
 	return profiles
 }
 
-// pathOf is how the path to a peer is watched, by the profile that it names.
-func pathOf(p config.Peer, profiles map[string]config.BFDProfile) (bgp.BFD, bool) {
+// echoWarning is what is said of a profile that asks for echo packets.
+func echoWarning(o *v1beta1.BFDProfile, p config.BFDProfile) []string {
+	if !p.Echo {
+		return nil
+	}
+	return []string{fmt.Sprintf("BFDProfile %s: spec.echoMode: true: longshore sends no echo packets; control packets alone watch the path", nameOf(o))}
+}
+
+// watchedBy is a peer with the BFD of the profile that it names.
+func watchedBy(o *v1beta2.BGPPeer, p config.Peer, profiles map[string]config.BFDProfile) (watchedPeer, error) {
 	if p.BFDProfile == "" {
-		return bgp.BFD{}, true
+		return watchedPeer{Peer: p}, nil
 	}
 	profile, ok := profiles[p.BFDProfile]
-	return bgp.BFD{
+	if !ok {
+		return watchedPeer{}, fmt.Errorf("BGPPeer %s: spec.bfdProfile: %q: no BFDProfile in use has this name", nameOf(o), p.BFDProfile)
+	}
+	return watchedPeer{p, bgp.BFD{
 		Transmit: profile.Transmit, Receive: profile.Receive, Multiplier: profile.Multiplier,
 		MinimumTTL: profile.MinimumTTL, Passive: profile.Passive, Strict: profile.Strict,
-	}, ok
+	}}, nil
 }
 
 // BFDStatus is the BFD session that watches the path to a BGP peer.

@@ -26,8 +26,10 @@ type StatusWriter interface {
 	// WriteAddresses replaces the addresses in a Service's status (entries that are hostnames stay) and the
 	// pool in its annotation. No addresses: both go.
 	WriteAddresses(ctx context.Context, svc *corev1.Service, addrs []netip.Addr, pool string) error
-	// WritePool writes the status of a pool.
+	// WritePool writes the counts in the status of a pool.
 	WritePool(ctx context.Context, pool *v1beta1.IPAddressPool) error
+	// WriteCondition writes one condition in the status of an object of group metallb.io.
+	WriteCondition(ctx context.Context, o Object, c metav1.Condition) error
 }
 
 // ClusterOptions is what the cluster's loop works with.
@@ -44,17 +46,20 @@ type Cluster struct {
 	ClusterOptions
 
 	// All of what follows belongs to Run.
+	metrics  allocatorMetrics
 	snapshot *snapshot
 	alloc    *Allocator
 	whole    bool // there are pools, and all of them are in use
 	pools    goodPools
+	unusable []refusedPool                   // pools that are not in use as they are
+	unjudged bool                            // not all conditions could be written
 	told     map[types.NamespacedName]string // the last event about a Service that is in trouble
 	refused  map[types.NamespacedName]string // the last event about a pool that is not in use as it is
 }
 
 // NewCluster returns a loop that does nothing until Run.
 func NewCluster(o ClusterOptions) *Cluster {
-	return &Cluster{ClusterOptions: o, snapshot: newSnapshot(), alloc: NewAllocator(), told: map[types.NamespacedName]string{}}
+	return &Cluster{ClusterOptions: o, metrics: newAllocatorMetrics(), snapshot: newSnapshot(), alloc: NewAllocator(), told: map[types.NamespacedName]string{}}
 }
 
 // Run allocates until ctx ends.
@@ -76,7 +81,7 @@ func (c *Cluster) Run(ctx context.Context) {
 		t := c.snapshot.update(changes)
 		maps.Copy(t.services, unwritten)
 		unwritten = c.pass(ctx, t)
-		if len(unwritten) > 0 {
+		if len(unwritten) > 0 || c.unjudged {
 			retry.Reset(retryAfter)
 		}
 	}
@@ -90,6 +95,7 @@ func (c *Cluster) pass(ctx context.Context, t touched) (unwritten map[types.Name
 	if t.config {
 		pools, refused := c.pools.parse(c.snapshot.pools)
 		c.reportPools(refused)
+		c.unusable = refused
 		c.whole = len(pools) > 0 && len(refused) == 0
 		for _, key := range c.alloc.SetPools(pools) {
 			t.services[parseKey(key)] = struct{}{}
@@ -145,6 +151,9 @@ func (c *Cluster) pass(ctx context.Context, t touched) (unwritten map[types.Name
 	}
 	c.serveWaiting(settle)
 	c.writePools(ctx)
+	if t.config || c.unjudged {
+		c.unjudged = !c.writeConditions(ctx)
+	}
 	return unwritten
 }
 
@@ -295,17 +304,21 @@ func (c *Cluster) reportPools(refused []refusedPool) {
 
 // writePools brings the pools' counts up to date.
 func (c *Cluster) writePools(ctx context.Context) {
+	counts := map[string]PoolCounts{}
+	defer func() { c.metrics.pools(counts) }()
 	for name, p := range c.snapshot.pools {
 		n := c.alloc.Counts(p.Name)
-		want := v1beta1.IPAddressPoolStatus{
-			AssignedIPv4: n.AssignedIPv4, AssignedIPv6: n.AssignedIPv6,
-			AvailableIPv4: n.AvailableIPv4, AvailableIPv6: n.AvailableIPv6,
+		counts[p.Name] = n
+		had := PoolCounts{
+			AssignedIPv4: p.Status.AssignedIPv4, AssignedIPv6: p.Status.AssignedIPv6,
+			AvailableIPv4: p.Status.AvailableIPv4, AvailableIPv6: p.Status.AvailableIPv6,
 		}
-		if p.Status == want {
+		if had == n {
 			continue
 		}
 		changed := p.DeepCopy()
-		changed.Status = want
+		changed.Status.AssignedIPv4, changed.Status.AssignedIPv6 = n.AssignedIPv4, n.AssignedIPv6
+		changed.Status.AvailableIPv4, changed.Status.AvailableIPv6 = n.AvailableIPv4, n.AvailableIPv6
 		if err := c.Writer.WritePool(ctx, changed); err != nil {
 			c.Log.Warn("cannot write a pool's status", "pool", name.String(), "error", err)
 			continue

@@ -258,6 +258,9 @@ func (f *Files) WriteAddresses(_ context.Context, svc *corev1.Service, addrs []n
 // WritePool is a StatusWriter's; there is nobody to read a pool's status.
 func (f *Files) WritePool(context.Context, *v1beta1.IPAddressPool) error { return nil }
 
+// WriteCondition is a StatusWriter's, likewise.
+func (f *Files) WriteCondition(context.Context, Object, metav1.Condition) error { return nil }
+
 // replaceFile writes a file so that a crash leaves the old or the new content.
 func replaceFile(name string, content []byte) error {
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
@@ -335,7 +338,7 @@ func isEmpty(document []byte) bool {
 
 var strict = serializer.NewCodecFactory(Scheme, serializer.EnableStrict).UniversalDeserializer()
 
-const kindsRead = "standalone reads Service, EndpointSlice, IPAddressPool, L2Advertisement, BGPAdvertisement, BGPPeer and BFDProfile"
+const kindsRead = "standalone reads Service, EndpointSlice, IPAddressPool, L2Advertisement, BGPPeer, BFDProfile, BGPAdvertisement and Community"
 
 // decodeManifest reads one object; a field that its kind does not have is an error.
 func decodeManifest(document []byte) (Object, error) {
@@ -366,6 +369,9 @@ func decodeManifest(document []byte) (Object, error) {
 	if object.GetName() == "" {
 		return nil, fmt.Errorf("%s: metadata.name is missing", kindOf(object))
 	}
+	if older, ok := object.(*v1beta1.BGPPeer); ok {
+		object = older.Current()
+	}
 	switch o := object.(type) {
 	case *corev1.Service:
 		err = completeService(o)
@@ -376,7 +382,9 @@ func decodeManifest(document []byte) (Object, error) {
 	case *v1beta1.L2Advertisement:
 		_, err = config.ParseL2Advertisement(o)
 	case *v1beta1.BGPAdvertisement:
-		_, err = config.ParseBGPAdvertisement(o)
+		_, err = config.ParseBGPAdvertisement(o, nil)
+	case *v1beta1.Community:
+		_, err = config.ParseCommunity(o)
 	case *v1beta2.BGPPeer:
 		_, err = config.ParsePeer(o)
 	case *v1beta1.BFDProfile:

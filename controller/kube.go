@@ -101,6 +101,7 @@ func (k *Kubernetes) WatchForAgent(ctx context.Context, inbox *Inbox) error {
 		source{k.v1beta1, "ipaddresspools", k.namespace, &v1beta1.IPAddressPool{}, ""},
 		source{k.v1beta1, "l2advertisements", k.namespace, &v1beta1.L2Advertisement{}, ""},
 		source{k.v1beta1, "bgpadvertisements", k.namespace, &v1beta1.BGPAdvertisement{}, ""},
+		source{k.v1beta1, "communities", k.namespace, &v1beta1.Community{}, ""},
 		source{k.v1beta2, "bgppeers", k.namespace, &v1beta2.BGPPeer{}, ""},
 		source{k.v1beta1, "bfdprofiles", k.namespace, &v1beta1.BFDProfile{}, ""},
 	)
@@ -113,6 +114,11 @@ func (k *Kubernetes) WatchForCluster(ctx context.Context, inbox *Inbox) error {
 		source{k.client.CoreV1().RESTClient(), "namespaces", "", &corev1.Namespace{}, ""},
 		source{k.client.CoreV1().RESTClient(), "nodes", "", &corev1.Node{}, ""},
 		source{k.v1beta1, "ipaddresspools", k.namespace, &v1beta1.IPAddressPool{}, ""},
+		source{k.v1beta1, "l2advertisements", k.namespace, &v1beta1.L2Advertisement{}, ""},
+		source{k.v1beta1, "bgpadvertisements", k.namespace, &v1beta1.BGPAdvertisement{}, ""},
+		source{k.v1beta1, "communities", k.namespace, &v1beta1.Community{}, ""},
+		source{k.v1beta1, "bfdprofiles", k.namespace, &v1beta1.BFDProfile{}, ""},
+		source{k.v1beta2, "bgppeers", k.namespace, &v1beta2.BGPPeer{}, ""},
 	)
 }
 
@@ -318,7 +324,10 @@ func ingressWith(svc *corev1.Service, addrs []netip.Addr) []corev1.LoadBalancerI
 
 // WritePool is a StatusWriter's.
 func (k *Kubernetes) WritePool(ctx context.Context, pool *v1beta1.IPAddressPool) error {
-	body, err := json.Marshal(map[string]any{"status": pool.Status})
+	body, err := json.Marshal(map[string]any{"status": map[string]any{
+		"assignedIPv4": pool.Status.AssignedIPv4, "assignedIPv6": pool.Status.AssignedIPv6,
+		"availableIPv4": pool.Status.AvailableIPv4, "availableIPv6": pool.Status.AvailableIPv6,
+	}})
 	if err != nil {
 		return err
 	}

@@ -367,17 +367,20 @@ func (m *metrics) countRepairs(p passed) {
 	}
 }
 
-// ServeMetrics answers /metrics until ctx ends.
+// ServeMetrics answers /metrics until ctx ends, with those of the speaker too. It is called once.
 func (a *Agent) ServeMetrics(ctx context.Context, address string) error {
+	if err := a.metrics.registry.Register(newSessionMetrics(a.Speaker)); err != nil {
+		return fmt.Errorf("metrics of BGP sessions: %w", err)
+	}
 	listener, err := net.Listen("tcp", address)
 	if err != nil {
 		return fmt.Errorf("metrics address: %w", err)
 	}
-	return serve(ctx, listener, a.metrics.handler())
+	return serve(ctx, listener, metricsHandler(a.metrics.registry))
 }
 
-func (m *metrics) handler() http.Handler {
+func metricsHandler(of *prometheus.Registry) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(of, promhttp.HandlerOpts{}))
 	return mux
 }

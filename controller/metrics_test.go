@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -27,8 +28,13 @@ import (
 // scrape is what the agent answers to Prometheus, by series, without what Go and the process say, and without buckets.
 func scrape(t *testing.T, m *metrics) map[string]string {
 	t.Helper()
+	return scrapeOf(t, m.registry)
+}
+
+func scrapeOf(t *testing.T, registry *prometheus.Registry) map[string]string {
+	t.Helper()
 	out := map[string]string{}
-	for line := range strings.Lines(scraped(t, m)) {
+	for line := range strings.Lines(scraped(t, registry)) {
 		series, value, ok := strings.Cut(strings.TrimSpace(line), " ")
 		if ok && ourSeries(series) && !strings.Contains(series, "_bucket{") {
 			out[series] = value
@@ -37,10 +43,10 @@ func scrape(t *testing.T, m *metrics) map[string]string {
 	return out
 }
 
-func scraped(t *testing.T, m *metrics) string {
+func scraped(t *testing.T, registry *prometheus.Registry) string {
 	t.Helper()
 	r := httptest.NewRecorder()
-	m.handler().ServeHTTP(r, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	metricsHandler(registry).ServeHTTP(r, httptest.NewRequest(http.MethodGet, "/metrics", nil))
 	if r.Code != http.StatusOK {
 		t.Fatalf("scrape: %d %s", r.Code, r.Body)
 	}
@@ -345,13 +351,20 @@ func TestMetricsDocumented(t *testing.T) {
 	m.registry.MustRegister(bfdMetrics{func() []bgp.Session { return []bgp.Session{{BFD: &bfd.Status{}}} }})
 	pass(m, passed{ops: []ipvs.Operation{{Verb: ipvs.Add, Kind: ipvs.KindRoute}}}) // so that every metric has a series
 
+	m.registry.MustRegister(newSessionMetrics(toBGP{&machine{speaker: bgp.Config{Peers: []bgp.Peer{{Name: "tor"}}}}}))
+	allocator := newAllocatorMetrics()
+	allocator.pools(map[string]PoolCounts{"red": {}})
+
 	types := map[string]string{}
-	for _, match := range regexp.MustCompile(`(?m)^# TYPE (\S+) (\S+)$`).FindAllStringSubmatch(scraped(t, m), -1) {
-		types[match[1]] = match[2]
+	for _, registry := range []*prometheus.Registry{m.registry, allocator.registry} {
+		for _, match := range regexp.MustCompile(`(?m)^# TYPE (\S+) (\S+)$`).FindAllStringSubmatch(scraped(t, registry), -1) {
+			types[match[1]] = match[2]
+		}
 	}
 	descs := make(chan *prometheus.Desc)
 	go func() {
 		m.registry.Describe(descs)
+		allocator.registry.Describe(descs)
 		close(descs)
 	}()
 	registered := map[string]string{} // to type and labels
@@ -421,4 +434,47 @@ func pass(m *metrics, p passed) {
 		m.count(p.ops, p.failures)
 	}
 	m.passed(p)
+}
+
+// TestMetricsOfSessions has the sessions of a speaker among the metrics of an agent.
+func TestMetricsOfSessions(t *testing.T) {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(newSessionMetrics(sessions{
+		{Address: netip.MustParseAddr("192.0.2.1"), State: "established", Advertised: 3, Updates: 5},
+		{Interface: "eth0", Device: "red", State: "active", Updates: 2},
+	}))
+	want := map[string]string{
+		`metallb_bgp_session_up{peer="192.0.2.1",vrf=""}`:               "1",
+		`metallb_bgp_updates_total{peer="192.0.2.1",vrf=""}`:            "5",
+		`metallb_bgp_announced_prefixes_total{peer="192.0.2.1",vrf=""}`: "3",
+		`metallb_bgp_session_up{peer="eth0",vrf="red"}`:                 "0",
+		`metallb_bgp_updates_total{peer="eth0",vrf="red"}`:              "2",
+		`metallb_bgp_announced_prefixes_total{peer="eth0",vrf="red"}`:   "0",
+	}
+	if diff := cmp.Diff(want, scrapeOf(t, registry)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// sessions is a Speaker that has these.
+type sessions []bgp.Session
+
+func (s sessions) Set(bgp.Config)          {}
+func (s sessions) Sessions() []bgp.Session { return s }
+
+// TestMetricsOfPools follows the counts of pools.
+func TestMetricsOfPools(t *testing.T) {
+	m := newAllocatorMetrics()
+	m.pools(map[string]PoolCounts{"red": {AssignedIPv4: 1, AssignedIPv6: 2, AvailableIPv4: 3, AvailableIPv6: 4}, "blue": {AvailableIPv6: math.MaxInt64}})
+	want := map[string]string{
+		`metallb_allocator_addresses_in_use_total{pool="red"}`: "3", `metallb_allocator_addresses_total{pool="red"}`: "10",
+		`metallb_allocator_addresses_in_use_total{pool="blue"}`: "0", `metallb_allocator_addresses_total{pool="blue"}`: "9.223372036854776e+18",
+	}
+	if diff := cmp.Diff(want, scrapeOf(t, m.registry)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	m.pools(nil)
+	if got := scrapeOf(t, m.registry); len(got) > 0 {
+		t.Errorf("left when all pools are gone: %v", got)
+	}
 }

@@ -135,6 +135,7 @@ type snapshot struct {
 	pools        map[types.NamespacedName]*v1beta1.IPAddressPool
 	layer2       map[types.NamespacedName]*v1beta1.L2Advertisement
 	bgp          map[types.NamespacedName]*v1beta1.BGPAdvertisement
+	communities  map[types.NamespacedName]*v1beta1.Community
 	peers        map[types.NamespacedName]*v1beta2.BGPPeer
 	profiles     map[types.NamespacedName]*v1beta1.BFDProfile
 }
@@ -151,6 +152,7 @@ func newSnapshot() *snapshot {
 		pools:        map[types.NamespacedName]*v1beta1.IPAddressPool{},
 		layer2:       map[types.NamespacedName]*v1beta1.L2Advertisement{},
 		bgp:          map[types.NamespacedName]*v1beta1.BGPAdvertisement{},
+		communities:  map[types.NamespacedName]*v1beta1.Community{},
 		peers:        map[types.NamespacedName]*v1beta2.BGPPeer{},
 		profiles:     map[types.NamespacedName]*v1beta1.BFDProfile{},
 	}
@@ -197,17 +199,20 @@ func (s *snapshot) update(changes []change) touched {
 			t.config = t.config || c.deleted || !sameButStatus(s.pools[name], o)
 			keep(s.pools, name, o, c.deleted)
 		case *v1beta1.L2Advertisement:
+			t.config = t.config || c.deleted || !sameGeneration(s.layer2[name], o)
 			keep(s.layer2, name, o, c.deleted)
-			t.config = true
 		case *v1beta1.BGPAdvertisement:
+			t.config = t.config || c.deleted || !sameGeneration(s.bgp[name], o)
 			keep(s.bgp, name, o, c.deleted)
-			t.config = true
+		case *v1beta1.Community:
+			t.config = t.config || c.deleted || !sameGeneration(s.communities[name], o)
+			keep(s.communities, name, o, c.deleted)
 		case *v1beta2.BGPPeer:
+			t.config = t.config || c.deleted || !sameGeneration(s.peers[name], o)
 			keep(s.peers, name, o, c.deleted)
-			t.config = true
 		case *v1beta1.BFDProfile:
+			t.config = t.config || c.deleted || !sameGeneration(s.profiles[name], o)
 			keep(s.profiles, name, o, c.deleted)
-			t.config = true
 		}
 	}
 	return t
@@ -224,6 +229,12 @@ func keep[T Object](m map[types.NamespacedName]T, name types.NamespacedName, o T
 // sameButStatus tells whether a pool differs in nothing that matters here: its counts change with every allocation.
 func sameButStatus(a, b *v1beta1.IPAddressPool) bool {
 	return a != nil && reflect.DeepEqual(a.Spec, b.Spec) && maps.Equal(a.Labels, b.Labels) && a.UID == b.UID
+}
+
+// sameGeneration tells whether an object differs in nothing but its status, as far as the API server counts.
+func sameGeneration[T Object](a, b T) bool {
+	return !reflect.ValueOf(a).IsNil() && b.GetGeneration() != 0 && a.GetGeneration() == b.GetGeneration() && a.GetUID() == b.GetUID() &&
+		maps.Equal(a.GetLabels(), b.GetLabels()) && maps.Equal(a.GetAnnotations(), b.GetAnnotations())
 }
 
 // updateSlice files an EndpointSlice under the Service it names (label kubernetes.io/service-name), and tells which

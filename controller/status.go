@@ -45,7 +45,8 @@ type VIPStatus struct {
 // SessionStatus is a BGP session of this node.
 type SessionStatus struct {
 	Peer       string     `json:"peer"`
-	Address    netip.Addr `json:"address"`
+	Address    netip.Addr `json:"address"`             // none as long as no router was found on Interface
+	Interface  string     `json:"interface,omitempty"` // of an unnumbered peer
 	State      string     `json:"state"`
 	Since      time.Time  `json:"since"`
 	Advertised int        `json:"advertised"`       // prefixes
@@ -69,7 +70,7 @@ func (a *Agent) status() Status {
 	var established []string
 	for _, session := range a.Speaker.Sessions() {
 		s.Sessions = append(s.Sessions, SessionStatus{
-			Peer: session.Peer, Address: session.Address, State: session.State,
+			Peer: session.Peer, Address: session.Address, Interface: session.Interface, State: session.State,
 			Since: session.Since, Advertised: session.Advertised, Reason: session.Reason, BFD: bfdStatus(session.BFD),
 		})
 		if session.State == "established" {
@@ -110,6 +111,7 @@ func (a *Agent) status() Status {
 		s.Problems = append(s.Problems, a.unbound[name])
 	}
 	s.Problems = append(s.Problems, a.refused...)
+	s.Problems = append(s.Problems, a.warned...)
 	s.Problems = append(s.Problems, a.overlaps...)
 	for _, f := range a.failures {
 		s.Problems = append(s.Problems, f.Err.Error())
@@ -139,11 +141,15 @@ func (s Status) Write(w io.Writer) error {
 	}
 	fmt.Fprintln(t, "\nBGP PEER\tADDRESS\tSTATE\tSINCE\tPREFIXES\tBFD\tENDED LAST BECAUSE")
 	for _, b := range s.Sessions {
+		address := b.Interface
+		if b.Address.IsValid() {
+			address = b.Address.String()
+		}
 		since := "-"
 		if !b.Since.IsZero() {
 			since = time.Since(b.Since).Round(time.Second).String()
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", b.Peer, b.Address, b.State, since, b.Advertised, b.BFD.text(), orDash(b.Reason))
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", b.Peer, address, b.State, since, b.Advertised, b.BFD.text(), orDash(b.Reason))
 	}
 	for i, p := range s.Problems {
 		if i == 0 {

@@ -54,6 +54,8 @@ func TestScenarios(t *testing.T) {
 		{"Layer2", layer2},
 		{"BGP", overBGP},
 		{"BFD", overBFD},
+		{"GracefulShutdown", gracefulShutdown},
+		{"StatusObjects", statusObjects},
 		{"AgentRestart", agentRestart},
 		{"OthersAreLeftAlone", othersAreLeftAlone},
 		{"BadInput", badInput},
@@ -770,6 +772,92 @@ func overBFD(t *testing.T, w *world) {
 	cut = false
 	awaitNextHops(t, w, vip, w.Lab.Nodes...)
 	spread(t, w.Lab.Outside, "tcp", netip.AddrPortFrom(vip, 80), 6)
+}
+
+// gracefulShutdown excludes a node from load balancers: its routes first ask for others, and then they go.
+func gracefulShutdown(t *testing.T, w *world) {
+	applyFor(t, w, pools)
+	applyFor(t, w, webRouted)
+	vip := w.address(t, "web-routed", false)
+	awaitNextHops(t, w, vip, w.Lab.Nodes...)
+	leaving := w.Lab.Nodes[0]
+	label := func(value string) {
+		t.Helper()
+		if out, err := w.Cluster.Kubectl(t.Context(), "label", "--overwrite", "node", leaving.Name, "node.kubernetes.io/exclude-from-external-load-balancers"+value); err != nil {
+			t.Fatalf("label %s: %v: %s", leaving.Name, err, out)
+		}
+	}
+	label("=true")
+	defer func() {
+		label("-")
+		awaitNextHops(t, w, vip, w.Lab.Nodes...)
+	}()
+	await(t, "the community GRACEFUL_SHUTDOWN on the node's path, and on no other", func(ctx context.Context) error {
+		table, err := w.frr.Show(ctx, "show bgp ipv4 unicast "+vip.String()+"/32 json")
+		if err != nil {
+			return err
+		}
+		var route struct {
+			Paths []struct {
+				Community struct{ String string }
+				Nexthops  []struct{ IP string }
+			}
+		}
+		if err := json.Unmarshal([]byte(table), &route); err != nil {
+			return err
+		}
+		for _, p := range route.Paths {
+			marked := strings.Contains(p.Community.String, "65535:0") || strings.Contains(p.Community.String, "graceful-shutdown")
+			if len(p.Nexthops) == 0 || marked != (p.Nexthops[0].IP == leaving.Addr(false).String()) {
+				return fmt.Errorf("FRR has\n%s", table)
+			}
+		}
+		if len(route.Paths) != len(w.Lab.Nodes) {
+			return fmt.Errorf("FRR has %d paths", len(route.Paths))
+		}
+		return nil
+	})
+	awaitNextHops(t, w, vip, w.Lab.Nodes[1:]...)
+	spread(t, w.Lab.Outside, "tcp", netip.AddrPortFrom(vip, 80), 6)
+}
+
+// statusObjects reads with kubectl what the agents and the controller write.
+func statusObjects(t *testing.T, w *world) {
+	applyFor(t, w, pools)
+	applyFor(t, w, webLAN)
+	applyFor(t, w, webRouted)
+	vip := w.address(t, "web-lan", false)
+	awaitAnswer(t, w.Lab.Client, "tcp", netip.AddrPortFrom(vip, 80))
+	says := func(kind, columns string, wanted ...string) {
+		t.Helper()
+		await(t, kind, func(ctx context.Context) error {
+			out, err := w.Cluster.Kubectl(ctx, "get", kind, "-n", "longshore-system", "--no-headers", "-o", "custom-columns="+columns)
+			if err != nil {
+				return err
+			}
+			var lines []string
+			for line := range strings.Lines(out) {
+				lines = append(lines, strings.Join(strings.Fields(line), " "))
+			}
+			for _, want := range wanted {
+				if !slices.Contains(lines, want) {
+					return fmt.Errorf("there is\n%s\nand not %q", out, want)
+				}
+			}
+			return nil
+		})
+	}
+	var valid, advertised []string
+	for _, n := range w.Lab.Nodes {
+		valid = append(valid, n.Name+" Valid")
+		advertised = append(advertised, n.Name+" web-routed")
+	}
+	says("configurationstates", `NODE:.metadata.labels.metallb\.io/node-name,RESULT:.status.result`, valid...)
+	says("servicel2statuses", "NODE:.status.node,SERVICE:.status.serviceName", w.owner(t, vip).Name+" web-lan")
+	says("servicebgpstatuses", "NODE:.status.node,SERVICE:.status.serviceName", advertised...)
+	for _, kind := range []string{"ipaddresspools", "l2advertisements", "bgpadvertisements", "bgppeers"} {
+		says(kind, "STATUS:.status.conditions[0].type,IS:.status.conditions[0].status", "Accepted True")
+	}
 }
 
 func agentRestart(t *testing.T, w *world) {

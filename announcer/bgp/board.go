@@ -33,7 +33,12 @@ type boardEntry struct {
 	holds  string     // why we are ending the session
 
 	ipv4, ipv6 bool      // families the session in state established carries
-	revive     time.Time // when a session that exceeded the prefix limit may be tried again; zero = it did not
+	revive     time.Time // when a session that exceeded the prefix limit, or that we ended, may be tried again; zero = it did not
+	parted     string    // why we ended the session, or are about to; empty = we did not
+	parting    bool      // the server has not been asked to yet
+
+	messages, updates uint64    // sent, of all kinds, and UPDATEs
+	lastSent          time.Time // when messages was seen to grow, or the session to come up
 }
 
 // routeCount is a number of routes of each family.
@@ -71,7 +76,7 @@ func (b *board) session(s Session) Session {
 	if !ok || e.peer.Name != s.Peer {
 		return s
 	}
-	s.State, s.Since, s.Reason = e.state, e.since, e.reason
+	s.State, s.Since, s.Reason, s.Updates = e.state, e.since, e.reason, e.updates
 	if e.state == "established" {
 		if e.ipv4 {
 			s.Advertised += e.routes.ipv4
@@ -96,6 +101,11 @@ func (b *board) event(s apiutil.PeerState, at time.Time) {
 	switch s.SessionState {
 	case wire.BGP_FSM_ESTABLISHED:
 		e.ipv4, e.ipv6 = carried(s.RemoteCap)
+		e.lastSent = time.Now()
+		if e.peer.AnyASN && s.PeerASN == e.peer.localASN() {
+			e.part(fmt.Sprintf("the peer is in our own AS %d, and any other is wanted", s.PeerASN))
+			b.wake()
+		}
 		b.log.Info("BGP session is established", "peer", e.peer.Name, "address", e.peer.Address)
 	case wire.BGP_FSM_IDLE:
 		if s.AdminState == api.PeerState_ADMIN_STATE_PFX_CT {
@@ -104,8 +114,14 @@ func (b *board) event(s apiutil.PeerState, at time.Time) {
 			time.AfterFunc(prefixLimitPause, b.wake)
 		} else if e.holds != "" {
 			e.reason, e.holds = e.holds, ""
+		} else if e.parted != "" {
+			e.reason = fmt.Sprintf("%s; next attempt in %v", e.parted, partPause)
+			e.parted, e.revive = "", time.Now().Add(partPause)
+			time.AfterFunc(partPause, b.wake)
 		} else if reason := downReason(e.peer, s); reason != "" {
 			e.reason = reason
+		} else if was == "openconfirm" {
+			e.reason = "the peer closed the connection before it was a session"
 		}
 		if was == "established" {
 			b.log.Warn("BGP session is down", "peer", e.peer.Name, "address", e.peer.Address, "reason", e.reason)
@@ -129,14 +145,55 @@ func (b *board) held(address netip.Addr, reason string) {
 	}
 }
 
-// state is that of the session with a peer; empty = there is no such peer.
-func (b *board) state(address netip.Addr) string {
+// part has the server end a session.
+func (e *boardEntry) part(why string) { e.parted, e.parting = why, true }
+
+// parting returns the peers whose sessions are to be ended. Each is returned once.
+func (b *board) parting() []netip.Addr {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if e, ok := b.sessions[address]; ok {
-		return e.state
+	var addresses []netip.Addr
+	for address, e := range b.sessions {
+		if e.parting {
+			e.parting = false
+			addresses = append(addresses, address)
+		}
 	}
-	return ""
+	return addresses
+}
+
+// sent notes how many messages have been sent to a peer. One that reads nothing fills its window, and then not even a KEEPALIVE is
+// sent: gobgp does not notice. RFC 9687 ends such a session after the SendHoldTime, which is here twice the hold time, so that the peer can
+// be expected to have ended it before.
+func (b *board) sent(address netip.Addr, messages, updates uint64, holdTime time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	e, ok := b.sessions[address]
+	if !ok {
+		return
+	}
+	if e.updates = updates; messages != e.messages {
+		e.messages, e.lastSent = messages, time.Now()
+	}
+	if e.state == "established" && e.parted == "" && holdTime > 0 && time.Since(e.lastSent) > 2*holdTime {
+		e.part(fmt.Sprintf("send hold timer expired: the peer has read nothing for %v", 2*holdTime))
+	}
+}
+
+// established tells whether there is a session with a peer.
+func (b *board) established(address netip.Addr) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	e, ok := b.sessions[address]
+	return ok && e.state == "established"
+}
+
+// paused tells whether the session with a peer is down for a while because we ended it, or it exceeded the prefix limit.
+func (b *board) paused(address netip.Addr) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	e, ok := b.sessions[address]
+	return ok && (e.parted != "" || !e.revive.IsZero())
 }
 
 // failed notes why an attempt to have a session failed.
@@ -286,7 +343,7 @@ func attemptReason(r slog.Record) string {
 		// dial tcp 0.0.0.0:0->192.0.2.1:179: connect: connection refused
 		_, why, _ := strings.Cut(attr("Error").String(), "->")
 		return "cannot connect to " + why
-	case "outgoing connection IO error":
+	case "outgoing connection IO error", "failed to send keepalive on outgoing connection":
 		return "the peer closed the connection before it was a session"
 	case "outgoing connection closing due to hold timer expired in OPEN SENT state":
 		return "hold timer expired: the peer did not answer our OPEN"

@@ -30,6 +30,10 @@ const patience = 60 * time.Second
 const speakerEnv = "LONGSHORE_TEST_BGP_SPEAKER"
 
 func TestMain(m *testing.M) {
+	if os.Getenv(deafEnv) != "" {
+		fmt.Fprintln(os.Stderr, deaf())
+		return
+	}
 	if os.Getenv(speakerEnv) != "" {
 		if err := speak(os.Stdin, os.Stdout); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -272,8 +276,30 @@ type frr struct {
 	name string
 }
 
+// unnumberedFRR starts zebra, which advertises itself as a router and hears who else does, and then bgpd as frr does.
+func (l *lab) unnumberedFRR(name string, asn uint32, lines ...string) *frr {
+	l.t.Helper()
+	dir := filepath.Join(l.dir, name)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		l.t.Fatal(err)
+	}
+	conf := filepath.Join(dir, "zebra.conf")
+	if err := os.WriteFile(conf, nil, 0o644); err != nil {
+		l.t.Fatal(err)
+	}
+	l.daemon(name, "/usr/lib/frr/zebra", "--user", "root", "--group", "root", "--vty_port", "0", "--log", "stdout", "--config_file", conf,
+		"--pid_file", filepath.Join(dir, "zebra.pid"), "--vty_socket", dir, "--socket", filepath.Join(dir, "zserv"))
+	waitFor(l.t, "zebra to listen", func() error { _, err := os.Stat(filepath.Join(dir, "zserv")); return err })
+	return l.startFRR(name, asn, nil, lines...)
+}
+
 // frr starts bgpd with these lines inside "router bgp".
 func (l *lab) frr(name string, asn uint32, lines ...string) *frr {
+	l.t.Helper()
+	return l.startFRR(name, asn, []string{"--no_zebra"}, lines...)
+}
+
+func (l *lab) startFRR(name string, asn uint32, flags []string, lines ...string) *frr {
 	l.t.Helper()
 	dir := filepath.Join(l.dir, name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -283,9 +309,9 @@ func (l *lab) frr(name string, asn uint32, lines ...string) *frr {
 	if err := os.WriteFile(filepath.Join(dir, "bgpd.conf"), []byte(conf), 0o644); err != nil {
 		l.t.Fatal(err)
 	}
-	d := l.daemon(name, "/usr/lib/frr/bgpd", "--no_zebra", "--skip_runas", "--vty_port", "0", "--log", "stdout", "--log-level", "debugging",
+	d := l.daemon(name, append([]string{"/usr/lib/frr/bgpd", "--skip_runas", "--vty_port", "0", "--log", "stdout", "--log-level", "debugging",
 		"--config_file", filepath.Join(dir, "bgpd.conf"), "--pid_file", filepath.Join(dir, "pid"),
-		"--vty_socket", dir, "--socket", filepath.Join(dir, "zserv"))
+		"--vty_socket", dir, "--socket", filepath.Join(dir, "zserv")}, flags...)...)
 	f := &frr{daemon: d, lab: l, name: name}
 	waitFor(l.t, "bgpd to answer", func() error { _, err := f.vtysh("show version"); return err })
 	return f
@@ -308,9 +334,10 @@ func (f *frr) vtysh(commands ...string) ([]byte, error) {
 
 // route is a path as a peer has it.
 type route struct {
-	NextHop     string // the global one
+	NextHop     string // the global one; if there is none, link-local
 	Path        string // AS path
 	LocalPref   int
+	MED         int
 	Communities string
 	Large       string
 }
@@ -336,6 +363,7 @@ func (f *frr) routes() (map[string]route, error) {
 				Paths []struct {
 					ASPath         struct{ String string }
 					LocPrf         int
+					Metric         int
 					Community      struct{ String string }
 					LargeCommunity struct{ String string }
 					Nexthops       []struct{ IP, Scope string }
@@ -345,9 +373,9 @@ func (f *frr) routes() (map[string]route, error) {
 				return nil, fmt.Errorf("FRR's path to %s: %w: %s", prefix, err, out)
 			}
 			for _, p := range detail.Paths {
-				r := route{Path: p.ASPath.String, LocalPref: p.LocPrf, Communities: p.Community.String, Large: p.LargeCommunity.String}
+				r := route{Path: p.ASPath.String, LocalPref: p.LocPrf, MED: p.Metric, Communities: p.Community.String, Large: p.LargeCommunity.String}
 				for _, hop := range p.Nexthops {
-					if hop.Scope != "link-local" {
+					if hop.Scope != "link-local" || r.NextHop == "" {
 						r.NextHop = hop.IP
 					}
 				}
@@ -417,6 +445,10 @@ func (b *bird) routes() (map[string]route, error) {
 		case "BGP.local_pref":
 			if _, err := fmt.Sscan(value, &r.LocalPref); err != nil {
 				return nil, fmt.Errorf("local preference %q of %s: %w", value, prefix, err)
+			}
+		case "BGP.med":
+			if _, err := fmt.Sscan(value, &r.MED); err != nil {
+				return nil, fmt.Errorf("MED %q of %s: %w", value, prefix, err)
 			}
 		case "BGP.community":
 			r.Communities = value

@@ -54,7 +54,7 @@ func policies(audiences map[uint32]audience, peers []Peer) *api.SetPoliciesReque
 				if !self && audiences[number].ownFamily {
 					continue
 				}
-				actions := attrs.actions()
+				actions := attrs.actions(p)
 				if self {
 					actions.Nexthop = &api.NexthopAction{Self: true}
 				}
@@ -83,11 +83,14 @@ func neighborSet(p Peer) string { return "peer-" + p.Address.WithZone("").String
 
 // ownNextHop says whether our end of the session with p can be the next hop of routes of the family.
 func ownNextHop(p Peer, family *api.Family) bool {
+	if p.Interface != "" {
+		return true
+	}
 	return p.Address.Is4() == (family.Afi == api.Family_AFI_IP) && !(p.Address.Is6() && p.Address.IsLinkLocalUnicast())
 }
 
-// actions accept a path and make its attributes these. Replacing the large communities takes the tag off.
-func (a attributes) actions() *api.Actions {
+// actions accept a path for p and make its attributes these. Replacing the large communities takes the tag off.
+func (a attributes) actions(p Peer) *api.Actions {
 	communities := &api.CommunityAction{Type: api.CommunityAction_TYPE_REPLACE}
 	large := &api.CommunityAction{Type: api.CommunityAction_TYPE_REPLACE}
 	for _, c := range a.communities {
@@ -104,6 +107,12 @@ func (a attributes) actions() *api.Actions {
 	}
 	if a.localPref != 0 {
 		actions.LocalPref = &api.LocalPrefAction{Value: a.localPref}
+	}
+	if a.med != 0 {
+		actions.Med = &api.MedAction{Type: api.MedAction_TYPE_REPLACE, Value: int64(a.med)}
+	}
+	if a.prepend != 0 {
+		actions.AsPrepend = &api.AsPrependAction{Asn: p.localASN(), Repeat: uint32(a.prepend)}
 	}
 	return actions
 }

@@ -29,6 +29,12 @@ const (
 
 	// prefixLimitPause is for how long a session stays down that exceeded prefixLimit.
 	prefixLimitPause = 5 * time.Minute
+
+	// partPause is for how long a session stays down that we ended ourselves: another AS or a router that reads again is not soon to be expected.
+	partPause = time.Minute
+
+	// lookEvery is how often the sessions' counters are read.
+	lookEvery = 2 * time.Second
 )
 
 var (
@@ -110,6 +116,31 @@ func (s *server) start(ctx context.Context, asn uint32) error {
 	}, gobgp.WatchPeer())
 }
 
+// look reads how many messages gobgp has sent on each session, and ends those on which none can be sent any more.
+func (s *server) look() {
+	err := s.gobgp.ListPeer(context.Background(), &api.ListPeerRequest{}, func(p *api.Peer) {
+		address, err := netip.ParseAddr(p.GetState().GetNeighborAddress())
+		if err == nil {
+			sent := p.GetState().GetMessages().GetSent()
+			s.board.sent(address, sent.GetTotal(), sent.GetUpdate(), time.Duration(p.GetTimers().GetState().GetNegotiatedHoldTime())*time.Second)
+		}
+	})
+	if err != nil {
+		s.log.Error("cannot read the counters of the BGP sessions", "error", err)
+	}
+	s.part()
+}
+
+// part ends the sessions that the board finds impossible.
+func (s *server) part() {
+	for _, address := range s.board.parting() {
+		// Unlike ResetPeer it does no harm to a session that is down already.
+		if err := s.gobgp.DisablePeer(context.Background(), &api.DisablePeerRequest{Address: address.String()}); err != nil {
+			s.log.Error("session stays up", "peer", address, "error", err)
+		}
+	}
+}
+
 // stop ends the sessions and the server: peers with graceful restart keep the routes, the others are told to drop them.
 func (s *server) stop() {
 	for _, p := range s.held.peers {
@@ -126,6 +157,7 @@ func (s *server) stop() {
 // What fails is tried again when apply is called next.
 func (s *server) apply(t table) map[string]error {
 	ctx := context.Background()
+	s.part()
 	for _, address := range s.board.revivable() {
 		if err := s.gobgp.EnablePeer(ctx, &api.EnablePeerRequest{Address: address.String()}); err != nil {
 			s.log.Error("session stays down", "peer", address, "error", err)
@@ -271,14 +303,18 @@ func (s *server) wirePath(o operation) (*apiutil.Path, error) {
 	if !ok {
 		return nil, errors.New("no policy knows its audience")
 	}
+	attrs := []wire.PathAttributeInterface{
+		wire.NewPathAttributeOrigin(wire.BGP_ORIGIN_ATTR_TYPE_IGP),
+		reach,
+		wire.NewPathAttributeLargeCommunities([]*wire.LargeCommunity{wire.NewLargeCommunity(tagAdministrator, 0, number)}),
+	}
+	if a := s.held.audiences[o.path.audience]; a.shutdown || a.leaving {
+		attrs = append(attrs, wire.NewPathAttributeLocalPref(0)) // gobgp's policies cannot set 0; eBGP sessions leave it out
+	}
 	return &apiutil.Path{
-		Family: family, // AddPath fails without
-		Nlri:   nlri,
-		Attrs: []wire.PathAttributeInterface{
-			wire.NewPathAttributeOrigin(wire.BGP_ORIGIN_ATTR_TYPE_IGP),
-			reach,
-			wire.NewPathAttributeLargeCommunities([]*wire.LargeCommunity{wire.NewLargeCommunity(tagAdministrator, 0, number)}),
-		},
+		Family:     family, // AddPath fails without
+		Nlri:       nlri,
+		Attrs:      attrs,
 		Age:        time.Now().Unix(),
 		Withdrawal: o.verb == withdraw,
 	}, nil
@@ -320,13 +356,16 @@ func neighbor(p Peer, restarting bool) *api.Peer {
 			KeepaliveInterval: uint64(p.KeepaliveTime / time.Second), // 0: gobgp takes a third of HoldTime
 			ConnectRetry:      uint64(p.connectTime() / time.Second),
 		}},
-		Transport: &api.Transport{RemotePort: uint32(p.Port)},
+		Transport: &api.Transport{RemotePort: uint32(p.Port), BindInterface: p.Device},
 	}
 	if p.Source.IsValid() {
 		n.Transport.LocalAddress = p.Source.String()
 	}
 	if p.EBGPMultiHop && !p.internal() {
 		n.EbgpMultihop = &api.EbgpMultihop{Enabled: true, MultihopTtl: 255}
+	}
+	if p.TTLSecurityHops != 0 {
+		n.TtlSecurity = &api.TtlSecurity{Enabled: true, TtlMin: 256 - uint32(p.TTLSecurityHops)}
 	}
 	if p.GracefulRestart {
 		n.GracefulRestart = &api.GracefulRestart{

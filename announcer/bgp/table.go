@@ -32,20 +32,32 @@ type path struct {
 type audience struct {
 	routes    []announcer.Route // with Peers and Communities sorted and without Prefix
 	ownFamily bool              // only over sessions of the prefix' own family: there is no next hop for the others
+	shutdown  bool              // Config.Shutdown
+	leaving   bool              // as shutdown, but not for peers with GracefulRestart: they keep the routes
 }
 
 // key is equal for audiences that are.
 func (a audience) key() string {
 	var b strings.Builder
 	for _, r := range a.routes {
-		fmt.Fprintf(&b, "%q %d %q;", r.Peers, r.LocalPref, r.Communities)
+		fmt.Fprintf(&b, "%q %d %d %d %q;", r.Peers, r.LocalPref, r.MED, r.Prepend, r.Communities)
 	}
-	return b.String() + strconv.FormatBool(a.ownFamily)
+	return fmt.Sprint(b.String(), a.ownFamily, a.shutdown, a.leaving)
 }
+
+// shutsDown says whether the peer is asked to prefer other routes.
+func (a audience) shutsDown(p Peer) bool { return a.shutdown || a.leaving && !p.GracefulRestart }
+
+const (
+	gracefulShutdown = "65535:0" // RFC 8326 section 4
+	defaultLocalPref = 100       // what gobgp gives paths without
+)
 
 // attributes are what a path says to one peer.
 type attributes struct {
-	localPref   uint32   // 0 = not set
+	localPref   uint32 // 0 = that of the path, see wirePath
+	med         uint32 // 0 = not set
+	prepend     uint8
 	communities []string // as in announcer.Route, sorted
 }
 
@@ -57,15 +69,28 @@ func (a audience) attributes(p Peer) (attributes, bool) {
 		if len(r.Peers) > 0 && !slices.Contains(r.Peers, p.Name) {
 			continue
 		}
+		if !named {
+			attrs.med, attrs.prepend = r.MED, r.Prepend
+		}
 		named = true
 		attrs.localPref = max(attrs.localPref, r.LocalPref)
+		attrs.med, attrs.prepend = min(attrs.med, r.MED), min(attrs.prepend, r.Prepend)
 		attrs.communities = append(attrs.communities, r.Communities...)
+	}
+	if p.internal() {
+		attrs.prepend = 0 // RFC 4271 section 5.1.2
+	}
+	switch {
+	case !p.internal() || a.shutsDown(p):
+		attrs.localPref = 0 // RFC 4271 section 5.1.5
+	case a.leaving && attrs.localPref == 0:
+		attrs.localPref = defaultLocalPref
+	}
+	if named && a.shutsDown(p) {
+		attrs.communities = append(attrs.communities, gracefulShutdown)
 	}
 	slices.Sort(attrs.communities)
 	attrs.communities = slices.Compact(attrs.communities)
-	if !p.internal() {
-		attrs.localPref = 0 // RFC 4271 section 5.1.5
-	}
 	return attrs, named
 }
 
@@ -106,6 +131,8 @@ func tableOf(c Config) (t table, refused map[string]string, problems []error) {
 		routes[prefix] = append(routes[prefix], announcer.Route{
 			Peers:       sorted(r.Peers),
 			LocalPref:   r.LocalPref,
+			MED:         r.MED,
+			Prepend:     r.Prepend,
 			Communities: sorted(r.Communities),
 		})
 	}
@@ -117,7 +144,7 @@ func tableOf(c Config) (t table, refused map[string]string, problems []error) {
 		if prefix.Addr().Is6() {
 			nextHop, unspecified = c.NextHop6, netip.IPv6Unspecified()
 		}
-		a := audience{routes: rs}
+		a := audience{routes: rs, shutdown: c.Shutdown}
 		if !nextHop.IsValid() {
 			nextHop, a.ownFamily = unspecified, true
 		}
@@ -126,6 +153,18 @@ func tableOf(c Config) (t table, refused map[string]string, problems []error) {
 		t.paths[prefix] = path{nextHop: nextHop, audience: key}
 	}
 	return t, refused, problems
+}
+
+// leaving returns the table for the time before the speaker ends.
+func (t table) leaving() table {
+	left := table{peers: t.peers, paths: map[netip.Prefix]path{}, audiences: map[string]audience{}}
+	for prefix, p := range t.paths {
+		a := t.audiences[p.audience]
+		a.leaving = true
+		p.audience = a.key()
+		left.audiences[p.audience], left.paths[prefix] = a, p
+	}
+	return left
 }
 
 func validateRoute(r announcer.Route) error {

@@ -103,23 +103,40 @@ func TestDiff(t *testing.T) {
 func TestAttributes(t *testing.T) {
 	external, internal := peer(1, "external"), peer(2, "internal")
 	internal.PeerASN = internal.MyASN
-	all := announcer.Route{LocalPref: 100, Communities: []string{"64512:2", "64512:1"}}
-	some := announcer.Route{LocalPref: 300, Communities: []string{"64512:3", "64512:1"}, Peers: []string{"internal"}}
+	keeping, keepingOutside := internal, external
+	keeping.GracefulRestart, keepingOutside.GracefulRestart = true, true
+	all := announcer.Route{LocalPref: 100, MED: 30, Prepend: 3, Communities: []string{"64512:2", "64512:1"}}
+	some := announcer.Route{LocalPref: 300, MED: 20, Prepend: 4, Communities: []string{"64512:3", "64512:1"}, Peers: []string{"internal"}}
 	for _, tt := range []struct {
-		name   string
-		routes []announcer.Route
-		peer   Peer
-		want   attributes
-		hears  bool
+		name string
+		audience
+		peer  Peer
+		want  attributes
+		hears bool
 	}{
-		{"LOCAL_PREF stays inside", []announcer.Route{all}, external, attributes{0, []string{"64512:1", "64512:2"}}, true},
-		{"LOCAL_PREF goes inside", []announcer.Route{all}, internal, attributes{100, []string{"64512:1", "64512:2"}}, true},
-		{"not named", []announcer.Route{some}, external, attributes{}, false},
-		{"two routes name the peer", []announcer.Route{all, some}, internal, attributes{300, []string{"64512:1", "64512:2", "64512:3"}}, true},
-		{"one of two names the peer", []announcer.Route{all, some}, external, attributes{0, []string{"64512:1", "64512:2"}}, true},
+		{"LOCAL_PREF stays inside, AS_PATH gets longer outside", audience{routes: []announcer.Route{all}}, external,
+			attributes{med: 30, prepend: 3, communities: []string{"64512:1", "64512:2"}}, true},
+		{"LOCAL_PREF goes inside", audience{routes: []announcer.Route{all}}, internal,
+			attributes{localPref: 100, med: 30, communities: []string{"64512:1", "64512:2"}}, true},
+		{"not named", audience{routes: []announcer.Route{some}}, external, attributes{}, false},
+		{"two routes name the peer", audience{routes: []announcer.Route{all, some}}, internal,
+			attributes{localPref: 300, med: 20, communities: []string{"64512:1", "64512:2", "64512:3"}}, true},
+		{"two routes, and one is as short as can be", audience{routes: []announcer.Route{all, {}}}, external,
+			attributes{communities: []string{"64512:1", "64512:2"}}, true},
+		{"one of two names the peer", audience{routes: []announcer.Route{some, all}}, external,
+			attributes{med: 30, prepend: 3, communities: []string{"64512:1", "64512:2"}}, true},
+		{"shutting down, outside", audience{routes: []announcer.Route{some, all}, shutdown: true}, external,
+			attributes{med: 30, prepend: 3, communities: []string{"64512:1", "64512:2", "65535:0"}}, true},
+		{"shutting down, inside", audience{routes: []announcer.Route{all}, shutdown: true}, internal,
+			attributes{med: 30, communities: []string{"64512:1", "64512:2", "65535:0"}}, true},
+		{"shutting down, not named", audience{routes: []announcer.Route{some}, shutdown: true}, external, attributes{}, false},
+		{"leaving a peer that drops the routes", audience{routes: []announcer.Route{{}}, leaving: true}, internal, attributes{communities: []string{"65535:0"}}, true},
+		{"leaving a peer that keeps the routes", audience{routes: []announcer.Route{{}}, leaving: true}, keeping, attributes{localPref: 100}, true},
+		{"leaving an external peer that keeps the routes", audience{routes: []announcer.Route{all}, leaving: true}, keepingOutside,
+			attributes{med: 30, prepend: 3, communities: []string{"64512:1", "64512:2"}}, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got, hears := audience{routes: tt.routes}.attributes(tt.peer)
+			got, hears := tt.attributes(tt.peer)
 			if d := cmp.Diff(tt.want, got, cmp.AllowUnexported(attributes{})); d != "" || hears != tt.hears {
 				t.Errorf("hears is %v, want %v; (-want +got)\n%s", hears, tt.hears, d)
 			}
@@ -137,7 +154,13 @@ func TestValidatePeer(t *testing.T) {
 		{func(p *Peer) { p.MyASN = 0 }, "MyASN 0"},
 		{func(p *Peer) { p.MyASN, p.LocalASN = 0, 64513 }, ""},
 		{func(p *Peer) { p.PeerASN = 0 }, "PeerASN 0"},
+		{func(p *Peer) { p.AnyASN = true }, "PeerASN 65001 excludes AnyASN"},
+		{func(p *Peer) { p.PeerASN, p.AnyASN = 0, true }, ""},
+		{func(p *Peer) { p.TTLSecurityHops = 254 }, ""},
+		{func(p *Peer) { p.TTLSecurityHops = 255 }, "TTLSecurityHops 255"},
+		{func(p *Peer) { p.TTLSecurityHops, p.EBGPMultiHop = 1, true }, "TTLSecurityHops 1 excludes"},
 		{func(p *Peer) { p.Address = netip.Addr{} }, "Address"},
+		{func(p *Peer) { p.Address, p.Interface = netip.Addr{}, "eth0" }, "no router advertises itself on link eth0"},
 		{func(p *Peer) { p.Address = netip.MustParseAddr("224.0.0.1") }, "Address 224.0.0.1"},
 		{func(p *Peer) { p.Address = netip.MustParseAddr("fe80::1") }, "names no interface"},
 		{func(p *Peer) { p.Source = netip.MustParseAddr("fd99::1") }, "not of one family"},

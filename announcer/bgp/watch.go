@@ -121,7 +121,7 @@ func (s *server) judgeGates(peers []Peer, statuses []bfd.Status) {
 		if !ok {
 			status = bfd.Status{State: bfd.Down, Remote: bfd.Down}
 		}
-		g.judge(p.BFD.Strict, status, s.board.state(p.Address) == "established")
+		g.judge(p.BFD.Strict, status, s.board.established(p.Address))
 	}
 }
 
@@ -148,7 +148,7 @@ func (s *server) applyGates(peers []Peer) (again bool) {
 			again = true
 		case admin == api.PeerState_ADMIN_STATE_DOWN && !g.open:
 			s.board.held(address, g.reason)
-		case admin == api.PeerState_ADMIN_STATE_DOWN:
+		case admin == api.PeerState_ADMIN_STATE_DOWN && !s.board.paused(address):
 			err = s.gobgp.EnablePeer(context.Background(), &api.EnablePeerRequest{Address: address.String()})
 			again = true
 		case !slices.ContainsFunc(peers, func(p Peer) bool { return p.Address == address }):

@@ -183,8 +183,10 @@ func runClusterAgent(ctx context.Context, node string, conf config.Agent, kube *
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return m.Run(ctx) })
 	group.Go(func() error { return kube.WatchForAgent(ctx, inbox) })
+	reports := kube.Reporter(node, log)
+	group.Go(func() error { return reports.Run(ctx) })
 	agent := startAgent(ctx, group, controller.AgentOptions{
-		Node: node, Config: conf, Inbox: inbox, DataPlane: data, Members: m,
+		Node: node, Config: conf, Inbox: inbox, DataPlane: data, Members: m, Reports: reports,
 		Events: kube.Events(ctx, "longshore-agent", node), Password: kube.Password, Log: log,
 		WatchPods: func() { kube.WatchPods(ctx, inbox) },
 	})

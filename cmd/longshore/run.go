@@ -16,8 +16,8 @@ func runCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "run --manifests DIR",
 		Short: "Be a load balancer without a cluster: the same objects, from files",
-		Long: `Reads Service, EndpointSlice, IPAddressPool, L2Advertisement, BGPAdvertisement, BGPPeer and BFDProfile objects from the YAML and
-JSON files of a folder, follows their changes, and serves and announces them on this machine.`,
+		Long: `Reads Service, EndpointSlice, IPAddressPool, L2Advertisement, BGPPeer, BFDProfile, BGPAdvertisement and Community objects from
+the YAML and JSON files of a folder, follows their changes, and serves and announces them on this machine.`,
 		Args: cobra.NoArgs,
 	}
 	flags.add(c)

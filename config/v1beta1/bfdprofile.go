@@ -61,8 +61,14 @@ type BFDProfileSpec struct {
 	MinimumTTL *uint32 `json:"minimumTtl,omitempty"`
 }
 
-// BFDProfileStatus is empty.
-type BFDProfileStatus struct{}
+// BFDProfileStatus is what longshore makes of it.
+type BFDProfileStatus struct {
+	// Condition Accepted: whether the object is in use as it is written, and why not.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
 
 // BFDProfileList is a list of BFD profiles.
 //

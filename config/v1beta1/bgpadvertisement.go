@@ -11,6 +11,7 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 // +kubebuilder:printcolumn:name="IPAddressPool Selectors",type=string,JSONPath=`.spec.ipAddressPoolSelectors`
 // +kubebuilder:printcolumn:name="Peers",type=string,JSONPath=`.spec.peers`
 // +kubebuilder:printcolumn:name="Node Selectors",type=string,JSONPath=`.spec.nodeSelectors`,priority=10
+// +kubebuilder:printcolumn:name="Accepted",type=string,JSONPath=`.status.conditions[?(@.type=="Accepted")].status`
 type BGPAdvertisement struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
@@ -44,8 +45,11 @@ type BGPAdvertisementSpec struct {
 	// +kubebuilder:validation:Format=int64
 	LocalPref uint32 `json:"localPref,omitempty"`
 
-	// Communities to attach: a:b (RFC 1997) or large:a:b:c (RFC 8092).
+	// Communities to attach: a:b (RFC 1997), large:a:b:c (RFC 8092), or a name that a Community object gives one.
 	// +optional
+	// +kubebuilder:validation:MaxItems=256
+	// +kubebuilder:validation:items:MaxLength=253
+	// +kubebuilder:validation:XValidation:rule="self.all(c, size(c) > 0 && (!c.contains(':') || c.matches('^([0-9]+:[0-9]+|large:[0-9]+:[0-9]+:[0-9]+)$')))",message="each of communities must be a:b, large:a:b:c or the name of one"
 	Communities []string `json:"communities,omitempty"`
 
 	// Names of the pools. With no names and no selectors: every pool.
@@ -69,8 +73,14 @@ type BGPAdvertisementSpec struct {
 	ServiceSelectors []metav1.LabelSelector `json:"serviceSelectors,omitempty"`
 }
 
-// BGPAdvertisementStatus is empty.
-type BGPAdvertisementStatus struct{}
+// BGPAdvertisementStatus is what longshore makes of it.
+type BGPAdvertisementStatus struct {
+	// Condition Accepted: whether the object is in use as it is written, and why not.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
 
 // BGPAdvertisementList is a list of BGP advertisements.
 //

@@ -1,5 +1,5 @@
 // Package v1beta1 holds the objects of API group metallb.io, version v1beta1: IPAddressPool,
-// L2Advertisement, BGPAdvertisement and BFDProfile.
+// L2Advertisement, BGPAdvertisement, BFDProfile and Community.
 //
 // The group and every field name are MetalLB's, so that a cluster's existing objects keep working.
 // The types are only the wire form: package config turns them into validated values.
@@ -23,6 +23,11 @@ var schemeBuilder = runtime.NewSchemeBuilder(func(s *runtime.Scheme) error {
 		&L2Advertisement{}, &L2AdvertisementList{},
 		&BGPAdvertisement{}, &BGPAdvertisementList{},
 		&BFDProfile{}, &BFDProfileList{},
+		&Community{}, &CommunityList{},
+		&BGPPeer{}, &BGPPeerList{},
+		&ServiceL2Status{}, &ServiceL2StatusList{},
+		&ServiceBGPStatus{}, &ServiceBGPStatusList{},
+		&ConfigurationState{}, &ConfigurationStateList{},
 	)
 	metav1.AddToGroupVersion(s, SchemeGroupVersion)
 	return nil

@@ -10,6 +10,7 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 // +kubebuilder:printcolumn:name="Auto Assign",type=boolean,JSONPath=`.spec.autoAssign`
 // +kubebuilder:printcolumn:name="Avoid Buggy IPs",type=boolean,JSONPath=`.spec.avoidBuggyIPs`
 // +kubebuilder:printcolumn:name="Addresses",type=string,JSONPath=`.spec.addresses`
+// +kubebuilder:printcolumn:name="Accepted",type=string,JSONPath=`.status.conditions[?(@.type=="Accepted")].status`
 type IPAddressPool struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
@@ -23,6 +24,9 @@ type IPAddressPoolSpec struct {
 	// Address ranges, each a CIDR (10.1.0.0/24, fd00::/112) or first and last address (10.1.0.10-10.1.0.20).
 	// Both families may appear in one pool; ranges must not overlap, here or in another pool.
 	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=1000
+	// +kubebuilder:validation:items:MaxLength=95
+	// +kubebuilder:validation:XValidation:rule="self.all(r, isCIDR(r) || r.matches('^ *[0-9a-fA-F.:]+ *- *[0-9a-fA-F.:]+ *$'))",message="each of addresses must be a CIDR like 10.1.0.0/24 or a range like 10.1.0.10-10.1.0.20"
 	Addresses []string `json:"addresses"`
 
 	// Whether Services that ask for no pool may get an address from this one.
@@ -73,6 +77,12 @@ type IPAddressPoolStatus struct {
 
 	// Number of IPv6 addresses left; the largest int64 if there are more.
 	AvailableIPv6 int64 `json:"availableIPv6"`
+
+	// Condition Accepted: whether the object is in use as it is written, and why not.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
 }
 
 // IPAddressPoolList is a list of pools.

@@ -11,6 +11,7 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 // +kubebuilder:printcolumn:name="IPAddressPool Selectors",type=string,JSONPath=`.spec.ipAddressPoolSelectors`
 // +kubebuilder:printcolumn:name="Interfaces",type=string,JSONPath=`.spec.interfaces`
 // +kubebuilder:printcolumn:name="Node Selectors",type=string,JSONPath=`.spec.nodeSelectors`,priority=10
+// +kubebuilder:printcolumn:name="Accepted",type=string,JSONPath=`.status.conditions[?(@.type=="Accepted")].status`
 type L2Advertisement struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
@@ -36,6 +37,9 @@ type L2AdvertisementSpec struct {
 	// Names of the links to answer on; none means every usable one. The election of the
 	// node does not look at them: select nodes that have them.
 	// +optional
+	// +kubebuilder:validation:MaxItems=256
+	// +kubebuilder:validation:items:MaxLength=15
+	// +kubebuilder:validation:XValidation:rule="self.all(i, i.matches('^[^/: \\\\t\\\\n]+$'))",message="each of interfaces must be the name of a link"
 	Interfaces []string `json:"interfaces,omitempty"`
 
 	// Label selectors of the Services this is for; one that matches is enough, none means every Service.
@@ -58,8 +62,14 @@ type PreferredNodeSelector struct {
 	Preference metav1.LabelSelector `json:"preference"`
 }
 
-// L2AdvertisementStatus is empty.
-type L2AdvertisementStatus struct{}
+// L2AdvertisementStatus is what longshore makes of it.
+type L2AdvertisementStatus struct {
+	// Condition Accepted: whether the object is in use as it is written, and why not.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
 
 // L2AdvertisementList is a list of layer 2 advertisements.
 //
