@@ -458,15 +458,16 @@ func (l *lab) bird(of string, neighbors ...neighbor) bird {
 	dir := filepath.Join(l.dir, of)
 	timers := fmt.Sprintf("{ min tx interval %d ms; min rx interval %d ms; multiplier %d; }",
 		routerTransmit.Milliseconds(), routerReceive.Milliseconds(), routerMultiplier)
-	conf := fmt.Sprintf("router id 10.98.0.9;\nprotocol device {}\nprotocol bfd {\n interface \"*\" %s;\n multihop %s;\n", timers, timers)
+	var conf strings.Builder
+	fmt.Fprintf(&conf, "router id 10.98.0.9;\nprotocol device {}\nprotocol bfd {\n interface \"*\" %s;\n multihop %s;\n", timers, timers)
 	for _, n := range neighbors {
 		if n.multiHop {
-			conf += fmt.Sprintf(" neighbor %v local %v multihop on;\n", n.address, n.local)
+			fmt.Fprintf(&conf, " neighbor %v local %v multihop on;\n", n.address, n.local)
 		} else {
-			conf += fmt.Sprintf(" neighbor %v dev \"left\" local %v;\n", n.address, n.local)
+			fmt.Fprintf(&conf, " neighbor %v dev \"left\" local %v;\n", n.address, n.local)
 		}
 	}
-	l.write(of, "bird.conf", conf+"}\n")
+	l.write(of, "bird.conf", conf.String()+"}\n")
 	l.daemon(of, "bird", "-f", "-d", "-c", filepath.Join(dir, "bird.conf"), "-s", filepath.Join(dir, "ctl"), "-P", filepath.Join(dir, "pid"))
 	b := bird{l, of}
 	waitFor(l.t, "bird to answer", func() error { _, err := b.birdc("show status"); return err })
