@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"strings"
 
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -50,7 +51,9 @@ func (s *snapshot) judge(pools []refusedPool) map[Object]verdict {
 		verdicts[o] = verdict{}
 	}
 	for _, r := range pools {
-		verdicts[r.object] = verdict{err: r.err}
+		if o := s.pools[nameOf(r.object)]; o != nil { // with its latest counts
+			verdicts[o] = verdict{err: r.err}
+		}
 	}
 	refuse := func(o Object, err error) {
 		v := verdicts[o]
@@ -130,7 +133,11 @@ func (k *Kubernetes) WriteCondition(ctx context.Context, o Object, c metav1.Cond
 	}
 	conditions := append([]metav1.Condition(nil), *conditionsOf(o)...)
 	meta.SetStatusCondition(&conditions, c)
-	body, err := json.Marshal(map[string]any{"status": map[string]any{"conditions": conditions}})
+	status := map[string]any{"conditions": conditions}
+	if p, ok := o.(*v1beta1.IPAddressPool); ok { // whose counts are required
+		maps.Copy(status, countsOf(p))
+	}
+	body, err := json.Marshal(map[string]any{"status": status})
 	if err != nil {
 		return err
 	}
