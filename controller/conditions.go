@@ -10,7 +10,6 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/rest"
 
 	"github.com/longshore-lb/longshore/config"
 	"github.com/longshore-lb/longshore/config/v1beta1"
@@ -117,8 +116,7 @@ func (c *Cluster) writeConditions(ctx context.Context) bool {
 
 // WriteCondition is a StatusWriter's.
 func (k *Kubernetes) WriteCondition(ctx context.Context, o Object, c metav1.Condition) error {
-	var client rest.Interface = k.v1beta1
-	resource := ""
+	client, resource := k.v1beta1, ""
 	switch o.(type) {
 	case *v1beta1.IPAddressPool:
 		resource = "ipaddresspools"
