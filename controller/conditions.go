@@ -4,12 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"strings"
 
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/rest"
 
 	"github.com/longshore-lb/longshore/config"
 	"github.com/longshore-lb/longshore/config/v1beta1"
@@ -50,7 +50,9 @@ func (s *snapshot) judge(pools []refusedPool) map[Object]verdict {
 		verdicts[o] = verdict{}
 	}
 	for _, r := range pools {
-		verdicts[r.object] = verdict{err: r.err}
+		if o := s.pools[nameOf(r.object)]; o != nil { // with its latest counts
+			verdicts[o] = verdict{err: r.err}
+		}
 	}
 	refuse := func(o Object, err error) {
 		v := verdicts[o]
@@ -127,8 +129,7 @@ func (c *Cluster) writeConditions(ctx context.Context) bool {
 
 // WriteCondition is a StatusWriter's.
 func (k *Kubernetes) WriteCondition(ctx context.Context, o Object, c metav1.Condition) error {
-	var client rest.Interface = k.v1beta1
-	resource := ""
+	client, resource := k.v1beta1, ""
 	switch o.(type) {
 	case *v1beta1.IPAddressPool:
 		resource = "ipaddresspools"
@@ -145,7 +146,11 @@ func (k *Kubernetes) WriteCondition(ctx context.Context, o Object, c metav1.Cond
 	}
 	conditions := append([]metav1.Condition(nil), *conditionsOf(o)...)
 	meta.SetStatusCondition(&conditions, c)
-	body, err := json.Marshal(map[string]any{"status": map[string]any{"conditions": conditions}})
+	status := map[string]any{"conditions": conditions}
+	if p, ok := o.(*v1beta1.IPAddressPool); ok { // whose counts are required
+		maps.Copy(status, countsOf(p))
+	}
+	body, err := json.Marshal(map[string]any{"status": status})
 	if err != nil {
 		return err
 	}

@@ -324,15 +324,20 @@ func ingressWith(svc *corev1.Service, addrs []netip.Addr) []corev1.LoadBalancerI
 
 // WritePool is a StatusWriter's.
 func (k *Kubernetes) WritePool(ctx context.Context, pool *v1beta1.IPAddressPool) error {
-	body, err := json.Marshal(map[string]any{"status": map[string]any{
-		"assignedIPv4": pool.Status.AssignedIPv4, "assignedIPv6": pool.Status.AssignedIPv6,
-		"availableIPv4": pool.Status.AvailableIPv4, "availableIPv6": pool.Status.AvailableIPv6,
-	}})
+	body, err := json.Marshal(map[string]any{"status": countsOf(pool)})
 	if err != nil {
 		return err
 	}
 	return k.v1beta1.Patch(types.MergePatchType).Namespace(pool.Namespace).Resource("ipaddresspools").
 		Name(pool.Name).SubResource("status").Body(body).Do(ctx).Error()
+}
+
+// countsOf is a pool's counts, as they are in its status.
+func countsOf(p *v1beta1.IPAddressPool) map[string]any {
+	return map[string]any{
+		"assignedIPv4": p.Status.AssignedIPv4, "assignedIPv6": p.Status.AssignedIPv6,
+		"availableIPv4": p.Status.AvailableIPv4, "availableIPv6": p.Status.AvailableIPv6,
+	}
 }
 
 // LeaseName is the Lease that the controllers of a cluster elect their leader by.

@@ -95,7 +95,9 @@ type Reporter struct {
 	mu   sync.Mutex
 	want []Object // nil: nothing has been said yet
 
-	known map[reportKey]any // the status of what is there; nil: to be read. It belongs to Run
+	// What follows belongs to Run.
+	known map[reportKey]any // the status of what is there; nil: to be read
+	last  string            // why it could not be written last
 }
 
 type reportKey struct{ resource, name string }
@@ -129,26 +131,13 @@ func (r *Reporter) Run(ctx context.Context) error {
 			return true
 		}
 	}
-	var last string
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-r.poke:
 		}
-		for {
-			err := r.write(ctx)
-			if err == nil {
-				last = ""
-				break
-			}
-			if ctx.Err() != nil {
-				return nil
-			}
-			if err.Error() != last {
-				r.log.Warn("status objects are not up to date, trying again", "error", err)
-			}
-			last, r.known = err.Error(), nil
+		for !r.written(ctx) {
 			if !wait(retryAfter) {
 				return nil
 			}
@@ -157,6 +146,20 @@ func (r *Reporter) Run(ctx context.Context) error {
 			return nil
 		}
 	}
+}
+
+// written tells whether all could be written. If not, that is logged once for each new reason, and what is there is to be read again.
+func (r *Reporter) written(ctx context.Context) bool {
+	err := r.write(ctx)
+	if err == nil {
+		r.last = ""
+		return true
+	}
+	if err.Error() != r.last && ctx.Err() == nil {
+		r.log.Warn("status objects are not up to date, trying again", "error", err)
+	}
+	r.last, r.known = err.Error(), nil
+	return false
 }
 
 // write makes what is there what is wanted.

@@ -283,11 +283,14 @@ func (l *lab) unnumberedFRR(name string, asn uint32, lines ...string) *frr {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		l.t.Fatal(err)
 	}
+	// Unlike bgpd it must become user frr, which is to read and write here.
+	run(l.t, "chmod", "711", l.dir)
+	run(l.t, "chown", "frr:frr", dir)
 	conf := filepath.Join(dir, "zebra.conf")
 	if err := os.WriteFile(conf, nil, 0o644); err != nil {
 		l.t.Fatal(err)
 	}
-	l.daemon(name, "/usr/lib/frr/zebra", "--user", "root", "--group", "root", "--vty_port", "0", "--log", "stdout", "--config_file", conf,
+	l.daemon(name, "/usr/lib/frr/zebra", "--vty_port", "0", "--log", "stdout", "--config_file", conf,
 		"--pid_file", filepath.Join(dir, "zebra.pid"), "--vty_socket", dir, "--socket", filepath.Join(dir, "zserv"))
 	waitFor(l.t, "zebra to listen", func() error { _, err := os.Stat(filepath.Join(dir, "zserv")); return err })
 	return l.startFRR(name, asn, nil, lines...)
