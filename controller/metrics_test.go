@@ -340,6 +340,7 @@ func TestMetricsOfAgent(t *testing.T) {
 // TestMetricsDocumented compares the table in docs/operations.md with what is registered: name, type, labels.
 func TestMetricsDocumented(t *testing.T) {
 	m := newMetrics(NewInbox())
+	m.layer2(toLayer2{})
 	pass(m, passed{ops: []ipvs.Operation{{Verb: ipvs.Add, Kind: ipvs.KindRoute}}}) // so that every metric has a series
 
 	types := map[string]string{}
