@@ -286,7 +286,7 @@ func (m *Members) spread(ctx context.Context, list *memberlist.Memberlist) {
 			continue
 		}
 		if len(message) <= datagram {
-			m.queue.QueueBroadcast(word(message))
+			m.queue.QueueBroadcast(word{m.config.Node, message})
 			continue
 		}
 		for _, n := range list.Members() {
@@ -329,12 +329,12 @@ func (m *Members) word() (message []byte, version uint64) {
 	return encode(m.config.Node, own), own.Version
 }
 
-// heard takes in what an agent said of itself, unless something newer is known.
-func (m *Members) heard(message []byte) {
+// heard takes in what an agent said of itself, unless something newer is known, and tells whether it was news of another one.
+func (m *Members) heard(message []byte) (about string, news bool) {
 	node, a, err := decode(message)
 	if err != nil {
 		m.config.Log.Debug("message of another agent", "error", err)
-		return
+		return "", false
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -344,7 +344,7 @@ func (m *Members) heard(message []byte) {
 		// Of an earlier process here, if it is not what this one said. What this one says must count as newer, and it may
 		// want to keep what it had.
 		if a.Version < known.Version || a.Version == known.Version && reflect.DeepEqual(a, known) {
-			return
+			return node, false
 		}
 		known.Version = a.Version + 1
 		maps.Copy(a.Claims, known.Claims)
@@ -355,7 +355,9 @@ func (m *Members) heard(message []byte) {
 	case a.Version > known.Version:
 		m.agents[node] = a
 		poke(m.changed)
+		return node, node != m.config.Node
 	}
+	return node, false
 }
 
 // forget drops what an agent said that is gone.
@@ -464,6 +466,7 @@ func (e events) NotifyJoin(n *memberlist.Node) {
 	delete(e.crashed, n.Name)
 	e.mu.Unlock()
 	poke(e.changed)
+	poke(e.spreads) // the one that joined may have missed the own word
 }
 
 func (e events) NotifyLeave(n *memberlist.Node) {
@@ -496,7 +499,12 @@ func (d delegate) NodeMeta(int) []byte {
 	return nil
 }
 
-func (d delegate) NotifyMsg(message []byte) { d.heard(message) }
+// NotifyMsg passes news on, as gossip does: the one that they are about tells a few others only.
+func (d delegate) NotifyMsg(message []byte) {
+	if about, news := d.heard(message); news && len(message) <= datagram {
+		d.queue.QueueBroadcast(word{about, slices.Clone(message)})
+	}
+}
 
 func (d delegate) GetBroadcasts(overhead, limit int) [][]byte {
 	return d.queue.GetBroadcasts(overhead, limit)
@@ -523,11 +531,14 @@ func (d delegate) MergeRemoteState(state []byte, _ bool) {
 	}
 }
 
-// word is a message of this agent that is on its way by gossip; the next one takes its place.
-type word []byte
+// word is a message about an agent that is on its way by gossip; the next one about it takes its place.
+type word struct {
+	about   string
+	message []byte
+}
 
-func (w word) Name() string                          { return "word" }
-func (w word) Message() []byte                       { return w }
+func (w word) Name() string                          { return w.about }
+func (w word) Message() []byte                       { return w.message }
 func (w word) Invalidates(memberlist.Broadcast) bool { return false } // by name
 func (w word) Finished()                             {}
 
