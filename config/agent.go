@@ -47,6 +47,8 @@ type Agent struct {
 	Kernel            KernelSettings
 	GracefulShutdown  time.Duration // for how long BGP peers are asked to prefer other routes (RFC 8326) before this node's go, at most 10m; 0 = not at all
 	LoadBalancerClass string        // the class of Services to announce; empty = those without a class
+	ProbeInterval     time.Duration // the pace at which agents notice that one is gone, 50ms to 10s
+	CrashGrace        time.Duration // how long an agent that crashed has to come back while its node lives, at most 5m; 0 = no time
 	MembersPort       uint16        // TCP and UDP port on which agents watch each other, not 0
 	StatusSocket      string        // absolute path of the Unix socket that answers `longshore status`
 	HealthAddress     string        // host:port of /healthz and /livez, host empty = every address; empty = off
@@ -108,7 +110,9 @@ type bgpFile struct {
 }
 
 type membersFile struct {
-	Port int `json:"port"`
+	Port          int    `json:"port"`
+	ProbeInterval string `json:"probeInterval"`
+	CrashGrace    string `json:"crashGrace"`
 }
 
 // defaults is the file that says nothing. Ports 10256 and 10249 are kube-proxy's, whose probes and dashboards go on
@@ -132,7 +136,7 @@ func defaults() agentFile {
 			},
 		},
 		BGP:            bgpFile{GracefulShutdown: "5s"},
-		Members:        membersFile{Port: 7946},
+		Members:        membersFile{Port: 7946, ProbeInterval: "200ms", CrashGrace: "2s"},
 		StatusSocket:   "/run/longshore/agent.sock",
 		HealthAddress:  ":10256",
 		MetricsAddress: "127.0.0.1:10249",
@@ -201,6 +205,8 @@ func (f agentFile) validate(m *mistakes) Agent {
 		StatusSocket:      f.StatusSocket,
 		HealthAddress:     f.HealthAddress,
 		MetricsAddress:    f.MetricsAddress,
+		ProbeInterval:     m.duration("members.probeInterval", f.Members.ProbeInterval),
+		CrashGrace:        m.duration("members.crashGrace", f.Members.CrashGrace),
 		MembersPort:       uint16(f.Members.Port),
 	}
 	m.scheduler("scheduler", f.Scheduler)
@@ -226,6 +232,12 @@ func (f agentFile) validate(m *mistakes) Agent {
 	}
 	if f.Members.Port < 1 || f.Members.Port > 65535 {
 		m.add("members.port", f.Members.Port, "must be between 1 and 65535")
+	}
+	if a.ProbeInterval < 50*time.Millisecond || a.ProbeInterval > 10*time.Second {
+		m.add("members.probeInterval", f.Members.ProbeInterval, "must be between 50ms and 10s")
+	}
+	if a.CrashGrace < 0 || a.CrashGrace > 5*time.Minute {
+		m.add("members.crashGrace", f.Members.CrashGrace, "must be between 0s and 5m")
 	}
 	if err := checkSocket(f.StatusSocket); err != nil {
 		m.add("statusSocket", f.StatusSocket, "%w", err)

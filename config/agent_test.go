@@ -114,6 +114,8 @@ func TestDefaultAgent(t *testing.T) {
 		DrainTimeout:     15 * time.Minute,
 		AuditPeriod:      5 * time.Minute,
 		GracefulShutdown: 5 * time.Second,
+		ProbeInterval:    200 * time.Millisecond,
+		CrashGrace:       2 * time.Second,
 		MembersPort:      7946,
 		StatusSocket:     "/run/longshore/agent.sock",
 		HealthAddress:    ":10256",
@@ -153,7 +155,7 @@ kernel:
     tcpBeLiberal: true
 bgp: {gracefulShutdown: 10m}
 loadBalancerClass: example.com/longshore
-members: {port: 1}
+members: {port: 1, probeInterval: 1s, crashGrace: 0s}
 statusSocket: /tmp/s
 healthAddress: "[::1]:1"
 metricsAddress: ""
@@ -176,6 +178,7 @@ metricsAddress: ""
 		},
 		GracefulShutdown:  10 * time.Minute,
 		LoadBalancerClass: "example.com/longshore",
+		ProbeInterval:     time.Second,
 		MembersPort:       1,
 		StatusSocket:      "/tmp/s",
 		HealthAddress:     "[::1]:1",
@@ -228,6 +231,10 @@ agent.yaml: kernel.conntrack.min: 2147483648: must be between 0 and 2147483647`}
 		{"class", "loadBalancerClass: a/b/c", `agent.yaml: loadBalancerClass: "a/b/c": a valid label key must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]') with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')`},
 		{"port 0", "members: {port: 0}", `agent.yaml: members.port: 0: must be between 1 and 65535`},
 		{"port high", "members: {port: 65536}", `agent.yaml: members.port: 65536: must be between 1 and 65535`},
+		{"hectic", "members: {probeInterval: 49ms}", `agent.yaml: members.probeInterval: "49ms": must be between 50ms and 10s`},
+		{"asleep", "members: {probeInterval: 11s}", `agent.yaml: members.probeInterval: "11s": must be between 50ms and 10s`},
+		{"grace backwards", "members: {crashGrace: -1s}", `agent.yaml: members.crashGrace: "-1s": must be between 0s and 5m`},
+		{"grace for ever", "members: {crashGrace: 6m}", `agent.yaml: members.crashGrace: "6m": must be between 0s and 5m`},
 		{"socket relative", "statusSocket: s", `agent.yaml: statusSocket: "s": must be an absolute path`},
 		{"socket long", "statusSocket: /" + strings.Repeat("s", 107),
 			`agent.yaml: statusSocket: "/` + strings.Repeat("s", 107) + `": has 108 bytes, a socket's path has at most 107`},

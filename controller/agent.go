@@ -13,6 +13,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -52,6 +53,16 @@ type Layer2 interface {
 	Answering(netip.Addr) bool
 	// Set replaces the addresses to answer for; the whole value.
 	Set([]announcer.Address)
+	// Links is the usable links of this node.
+	Links() []announcer.Link
+	// Changed receives when Answering or Links may have changed; many changes may come as one.
+	Changed() <-chan struct{}
+	// Conflicts receives the claims of other machines to addresses that are answered for.
+	Conflicts() <-chan announcer.Conflict
+	// Announcements counts those that nobody asked for.
+	Announcements() map[announcer.Gratuitous]uint64
+	// Answers counts the requests that were answered, by protocol.
+	Answers() map[string]uint64
 }
 
 // Speaker keeps BGP sessions (package announcer/bgp).
@@ -66,10 +77,28 @@ type Speaker interface {
 type Members interface {
 	// Join replaces the addresses of all nodes where an agent may run; this node's own may be among them.
 	Join([]netip.AddrPort)
-	// Alive is the names of the nodes whose agents are alive, sorted, with this one among them.
-	Alive() []string
-	// Changed receives when Alive may have changed; many changes may come as one.
+	// Agents is what each living agent says of itself, by the name of its node; this one is among them.
+	Agents() map[string]announcer.Agent
+	// Tell replaces what this agent says of itself.
+	Tell(announcer.Agent)
+	// Changed receives when Agents may have changed; many changes may come as one.
 	Changed() <-chan struct{}
+}
+
+// Registry tells the API server which nodes have an agent ([Kubernetes]).
+type Registry interface {
+	// Register says that a node has an agent, until Unregister.
+	Register(ctx context.Context, node string) error
+	// Unregister says that it has none any more.
+	Unregister(ctx context.Context, node string) error
+}
+
+// Tie decides between two halves of the agents that do not reach each other ([TieBreak]). One goroutine at a time uses it.
+type Tie interface {
+	// Hold tries once to get or renew it for the half that is alive, and tells until when that has it; zero = it has not.
+	Hold(ctx context.Context, alive []string) (until time.Time, err error)
+	// Release gives it up, if this agent has it for its half.
+	Release(ctx context.Context) error
 }
 
 // Events takes what an owner of an object should know, such as a record.EventRecorder.
@@ -86,7 +115,9 @@ type AgentOptions struct {
 	DataPlane DataPlane
 	Layer2    Layer2
 	Speaker   Speaker
-	Members   Members // nil if this is the only agent
+	Members   Members  // nil if this is the only agent
+	Registry  Registry // nil if there is no API server
+	TieBreak  Tie      // likewise
 	Events    Events
 	Log       *slog.Logger
 	// Password reads the password of a BGP peer from the Secret of that name; nil if there are no Secrets.
@@ -99,7 +130,7 @@ type AgentOptions struct {
 }
 
 // How long the agent waits: before it tries again what the kernel refused, and at its start for the other agents to
-// be heard of. Until then it takes every node for alive, so that it does not claim addresses that others announce.
+// be heard of. Until then it takes every node for alive, and no address that nobody claims.
 const (
 	retryAfter        = 5 * time.Second
 	retryForeignAfter = time.Minute // somebody else's virtual server is in the way
@@ -125,6 +156,10 @@ type Agent struct {
 	metrics *metrics
 	health  health
 	checks  *HealthChecks
+	tied    chan time.Time // until when this half of the agents has the Lease that decides
+	tieMu   sync.Mutex     // of TieBreak
+
+	background sync.WaitGroup // what asks the API server
 
 	// All of what follows belongs to Run.
 	snapshot  *snapshot
@@ -139,10 +174,11 @@ type Agent struct {
 	overlaps  []string // ServiceCIDRs that have a node's address in them, as last reported
 	network   NetworkView
 	peers     []watchedPeer
-	settled   bool
+	settled   bool        // the other agents have been heard of, or there was time enough
+	late      bool        // there was time enough
 	adopted   bool        // the first pass is over
 	unsaid    bool        // Reports has not been told of what changed last
-	leaving   time.Time   // until when this node still advertises by BGP although it is excluded
+	leavesAt  time.Time   // until then this node still advertises by BGP although it is excluded
 	left      *time.Timer // when it does not any more
 	untold    bool        // the view of the network has changed since the network was last told
 	stale     bool        // the configuration could not be read whole, such as a password
@@ -152,7 +188,9 @@ type Agent struct {
 	refused   []string                             // why objects of group metallb.io are not in use
 	told      map[types.NamespacedName][]Announced // what the network was last told
 	announced int                                  // how many addresses that is
-	failures  []ipvs.Failure                       // of the last pass
+	conflicts map[netip.Addr]reported
+	owners
+	failures []ipvs.Failure // of the last pass
 }
 
 // served is what the agent remembers of a Service.
@@ -162,6 +200,7 @@ type served struct {
 	problems  []Problem // all, as last reported
 	reach     map[corev1.IPFamily]map[string]bool
 	announced []Announced
+	contested []netip.Addr                 // addresses that have candidates
 	reported  []netip.Addr                 // addresses for which an event said that this node announces them
 	born      map[netip.AddrPort]time.Time // of each real server, if they start slowly
 	nodePorts map[portOf]bool              // those looked at, and whether a process has them
@@ -187,7 +226,11 @@ func NewAgent(o AgentOptions) *Agent {
 		marks:        marks{},
 		told:         map[types.NamespacedName][]Announced{},
 		good:         newGoodObjects(),
+		tied:         make(chan time.Time),
+		conflicts:    map[netip.Addr]reported{},
+		owners:       newOwners(),
 	}
+	a.metrics.layer2(o.Layer2)
 	a.metrics.registry.MustRegister(bfdMetrics{o.Speaker.Sessions})
 	a.checks = NewHealthChecks(o.Log, func() bool { return a.health.at(time.Now()).live })
 	a.desired.Seed = seed(o.Node)
@@ -212,11 +255,15 @@ func (a *Agent) Run(ctx context.Context) error {
 		return fmt.Errorf("prepare the kernel: %w", err)
 	}
 	defer a.checks.Close()
+	defer a.background.Wait()
+	defer a.untie(true)
 	var membersChanged <-chan struct{}
 	if a.Members != nil {
 		membersChanged = a.Members.Changed()
 	}
-	settle := time.After(settleAfter)
+	var settle <-chan time.Time // from the first pass on, since only then the others are looked for
+	fence := time.NewTimer(0)
+	fence.Stop()
 	retry := time.NewTimer(0)
 	retry.Stop()
 	a.left = time.NewTimer(0)
@@ -231,6 +278,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		again, tick := false, false
 		select {
 		case <-ctx.Done():
+			a.handOver()
 			return nil
 		case query := <-a.queries:
 			query()
@@ -240,10 +288,20 @@ func (a *Agent) Run(ctx context.Context) error {
 			again = true
 		case <-a.left.C:
 			again = true
+		case <-a.Layer2.Changed():
+			again = true
+		case conflict := <-a.Layer2.Conflicts():
+			a.contested(conflict)
+			continue
+		case a.fence.until = <-a.tied:
+			fence.Reset(time.Until(a.fence.until))
+			again = true
+		case <-fence.C:
+			again = true
 		case <-settle:
-			a.settled, again = true, true
+			a.late, again = true, true
 		case <-upkeep.C:
-			idle := a.desired.Draining() == 0 && len(a.ramping) == 0
+			idle := a.desired.Draining() == 0 && len(a.ramping) == 0 && len(a.lingering) == 0
 			if idle || full && time.Since(last) < retryAfter { // a full pass each second would be too much
 				continue
 			}
@@ -257,6 +315,9 @@ func (a *Agent) Run(ctx context.Context) error {
 			continue
 		}
 		last = time.Now()
+		if settle == nil && a.Members != nil {
+			settle = time.After(settleAfter)
+		}
 		if err := a.pass(ctx, changes, full, again, tick); err != nil {
 			a.Log.Error("pass failed, trying again", "error", err, "after", retryAfter)
 			full = true
@@ -292,12 +353,14 @@ func (a *Agent) pass(ctx context.Context, changes []change, full, membersChanged
 	if tick {
 		maps.Copy(t.services, a.ramping)
 	}
-	networkChanged := a.updateViews(ctx, &t, membersChanged) || a.untold
+	claimed := a.hear()
+	networkChanged := a.updateViews(ctx, &t, membersChanged || len(claimed) > 0) || a.untold
 	a.untold = networkChanged
 	a.failures = nil
 	if a.adopted {
-		p.err = a.update(&p, t, networkChanged, tick)
+		p.err = a.update(&p, t, claimed, networkChanged, tick)
 	} else {
+		networkChanged = true
 		p.err = a.begin(&p, t)
 	}
 	if p.err != nil {
@@ -355,7 +418,6 @@ func (a *Agent) begin(p *passed, t touched) (err error) {
 		wishes := map[string]ipvs.Wish{}
 		for _, name := range names[:n] {
 			wishes[name.String()] = a.translate(name)
-			a.withdraw(name)
 		}
 		names = names[n:]
 		chunks <- a.desired.ReplaceAll(wishes, time.Now())
@@ -363,7 +425,11 @@ func (a *Agent) begin(p *passed, t touched) (err error) {
 	close(chunks)
 	<-applied
 	step(a.desired.Settle())
-	a.adopted = true
+	a.elect(t.services, nil)
+	for name := range t.services {
+		a.withdraw(name)
+	}
+	a.adopted, a.started = true, true
 	return nil
 }
 
@@ -388,7 +454,7 @@ func (a *Agent) inOrderOfNeed(m, n types.NamespacedName) int {
 }
 
 // update is every pass but the first.
-func (a *Agent) update(p *passed, t touched, networkChanged, tick bool) (err error) {
+func (a *Agent) update(p *passed, t touched, claimed map[netip.Addr]struct{}, networkChanged, tick bool) (err error) {
 	now := time.Now()
 	wishes := map[string]ipvs.Wish{}
 	if t.node {
@@ -405,6 +471,7 @@ func (a *Agent) update(p *passed, t touched, networkChanged, tick bool) (err err
 			t.services[name] = struct{}{}
 		}
 	}
+	a.elect(t.services, claimed)
 	withdrawn := false
 	for name := range t.services {
 		withdrawn = a.withdraw(name) || withdrawn
@@ -489,17 +556,25 @@ func (a *Agent) updateViews(ctx context.Context, t *touched, membersChanged bool
 		t.config = true
 		a.updateConfig(ctx)
 	}
-	if t.nodes || t.config || membersChanged {
-		before := a.network
+	if t.nodes || t.config || t.agents || membersChanged {
+		wasSettled, before := a.settled, a.network
+		a.settle(a.late)
+		a.register(ctx)
+		a.updateFence()
 		a.network.Node = a.Node
 		a.network.Nodes = a.candidates()
 		a.network.Leaving = a.leaves(before)
+		a.network.Links = a.links()
+		a.network.Cordoned = a.cordoned()
+		a.network.Owner = a.owner
+		a.network.Silent = a.silent()
 		a.network.ThisNodeLabels = nil
 		if n := a.snapshot.nodes[types.NamespacedName{Name: a.Node}]; n != nil {
 			a.network.ThisNodeLabels = n.Labels
 		}
-		networkChanged = t.config || before.Leaving != a.network.Leaving || !reflect.DeepEqual(before.Nodes, a.network.Nodes) ||
-			!maps.Equal(before.ThisNodeLabels, a.network.ThisNodeLabels)
+		networkChanged = t.config || before.Leaving != a.network.Leaving || !reflect.DeepEqual(before.Nodes, a.network.Nodes) || wasSettled != a.settled ||
+			!reflect.DeepEqual(before.Links, a.network.Links) || !maps.Equal(before.Cordoned, a.network.Cordoned) ||
+			before.Silent != a.network.Silent || !maps.Equal(before.ThisNodeLabels, a.network.ThisNodeLabels)
 	}
 	return networkChanged
 }
@@ -623,7 +698,7 @@ func (a *Agent) candidates() map[string]labels.Set {
 	out := map[string]labels.Set{}
 	var alive []string
 	if a.Members != nil && a.settled {
-		alive = a.Members.Alive()
+		alive = a.aliveNames()
 	}
 	for _, n := range a.snapshot.nodes {
 		if excluded(n) || !nodeReady(n) || alive != nil && !slices.Contains(alive, n.Name) || a.Members == nil && n.Name != a.Node {
@@ -642,16 +717,27 @@ func (a *Agent) leaves(before NetworkView) bool {
 		return false
 	}
 	if _, announced := before.Nodes[a.Node]; announced {
-		a.leaving = time.Now().Add(a.Config.GracefulShutdown)
+		a.leavesAt = time.Now().Add(a.Config.GracefulShutdown)
 		a.left.Reset(a.Config.GracefulShutdown)
 	}
-	return time.Now().Before(a.leaving)
+	return time.Now().Before(a.leavesAt)
 }
 
 // excluded tells whether a node is not to announce LoadBalancer addresses.
 func excluded(n *corev1.Node) bool {
 	_, ok := n.Labels[corev1.LabelNodeExcludeBalancers]
 	return ok
+}
+
+// cordoned is the nodes that are about to be drained, or have been.
+func (a *Agent) cordoned() map[string]bool {
+	out := map[string]bool{}
+	for _, n := range a.snapshot.nodes {
+		if n.Spec.Unschedulable {
+			out[n.Name] = true
+		}
+	}
+	return out
 }
 
 func nodeReady(n *corev1.Node) bool {
@@ -737,6 +823,11 @@ func (a *Agent) parsePeer(ctx context.Context, o *v1beta2.BGPPeer) (config.Peer,
 func (a *Agent) translate(name types.NamespacedName) ipvs.Wish {
 	svc := a.snapshot.services[name]
 	if svc == nil {
+		if s := a.services[name]; s != nil {
+			for _, addr := range s.contested {
+				a.contestAddress(addr, name, nil)
+			}
+		}
 		a.countNoLocal(a.services[name], Translation{})
 		delete(a.services, name)
 		delete(a.ramping, name)
@@ -892,6 +983,9 @@ func (a *Agent) withdraw(name types.NamespacedName) bool {
 	var staying []Announced
 	for _, was := range a.told[name] {
 		if i := slices.IndexFunc(wanted, func(w Announced) bool { return w.Address == was.Address }); i >= 0 {
+			if reach := a.services[name].reach[familyOf(was.Address)]; reach[AnyNode] || reach[a.Node] {
+				a.linger(was, &wanted[i])
+			}
 			staying = append(staying, intersect(was, wanted[i]))
 		}
 	}
@@ -911,6 +1005,7 @@ func (a *Agent) retell(name types.NamespacedName, all []Announced) bool {
 
 // intersect is what of an announcement stays.
 func intersect(was, wanted Announced) Announced {
+	was.Yielding = wanted.Yielding
 	if was.Owner != wanted.Owner {
 		was.Owner = ""
 	}
@@ -944,6 +1039,8 @@ func (a *Agent) announce(touched map[types.NamespacedName]struct{}, always bool)
 	if changed {
 		a.tell()
 	}
+	a.lingered()
+	a.speak()
 	a.untold = false
 	for _, w := range realized {
 		s := a.services[w.Service]
@@ -988,6 +1085,7 @@ func (a *Agent) tell() {
 	}
 	addrs, routes := onTheWire(a.Node, all)
 	a.Layer2.Set(addrs)
+	a.claim(addrs)
 	a.Speaker.Set(a.speakerConfig(routes))
 	a.announced = len(all)
 	a.unsaid = true

@@ -18,7 +18,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
@@ -46,6 +45,8 @@ type machine struct {
 	password    func() (string, error) // of every BGP peer; nil = there are no Secrets
 	options     func(*AgentOptions)    // what else an agent is started with; nil = nothing
 	journal     []string
+	conflicts   chan announcer.Conflict // claims of other machines
+	onSet       func()                  // called when layer 2 was told something else; nil = nothing is
 }
 
 func newMachine(t *testing.T, name string) *machine { return &machine{t: t, name: name} }
@@ -203,6 +204,18 @@ func (m toLayer2) Answering(addr netip.Addr) bool {
 	return slices.ContainsFunc(m.answers, func(a announcer.Address) bool { return a.Addr == addr })
 }
 
+func (m toLayer2) Links() []announcer.Link {
+	return []announcer.Link{{Name: "eth0", IPv4: true, IPv6: true}}
+}
+
+func (m toLayer2) Changed() <-chan struct{}             { return nil }
+func (m toLayer2) Conflicts() <-chan announcer.Conflict { return m.conflicts }
+func (m toLayer2) Announcements() map[announcer.Gratuitous]uint64 {
+	return map[announcer.Gratuitous]uint64{{Protocol: "arp", Reason: announcer.Takeover}: 5}
+}
+
+func (m toLayer2) Answers() map[string]uint64 { return map[string]uint64{"ndp": 7} }
+
 func (m toLayer2) Set(all []announcer.Address) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -212,6 +225,9 @@ func (m toLayer2) Set(all []announcer.Address) {
 			words = append(words, strings.Join(append([]string{a.Addr.String()}, a.Interfaces...), " on "))
 		}
 		m.journal = append(m.journal, "answer for: "+strings.Join(words, ", "))
+		if m.onSet != nil {
+			defer m.onSet()
+		}
 	}
 	m.answers = all
 	m.check("told to answer")
@@ -480,7 +496,7 @@ func TestAgentFailure(t *testing.T) {
 		time.Sleep(settleAfter + time.Second) // what follows is due to the failures alone
 		inbox.Synced()
 		synctest.Wait()
-		if got := fmt.Sprint(m.answers, m.speaker.Routes); got != "[{192.0.2.2 []}] [{192.0.2.2/32 [tor] 0 0 0 []}]" || a.Ready() {
+		if got := fmt.Sprint(m.answers, m.speaker.Routes); got != "[{192.0.2.2 [] false}] [{192.0.2.2/32 [tor] 0 0 0 []}]" || a.Ready() {
 			t.Errorf("announced %s, ready %t", got, a.Ready())
 		}
 		status, err := a.Status(t.Context())
@@ -531,7 +547,7 @@ func TestAgentFailure(t *testing.T) {
 		m.set(func() { m.refuse = refusing("-D ") })
 		inbox.Remove(objects(t, service("web", "192.0.2.1", 80, ""))[0])
 		m.happened()
-		if got := fmt.Sprint(m.answers); got != "[{192.0.2.2 []}]" || a.Ready() {
+		if got := fmt.Sprint(m.answers); got != "[{192.0.2.2 [] false}]" || a.Ready() {
 			t.Errorf("answers for %s, ready %t", got, a.Ready())
 		}
 	})
@@ -554,7 +570,7 @@ func TestAgentBlind(t *testing.T) {
 		m.set(func() { m.blind = nil })
 		time.Sleep(retryAfter)
 		m.happened()
-		if got := fmt.Sprint(m.answers); got != "[{192.0.2.1 []} {192.0.2.2 []}]" || !a.Ready() {
+		if got := fmt.Sprint(m.answers); got != "[{192.0.2.1 [] false} {192.0.2.2 [] false}]" || !a.Ready() {
 			t.Errorf("answers for %s, ready %t", got, a.Ready())
 		}
 	})
@@ -644,13 +660,13 @@ func TestAgentForeign(t *testing.T) {
 		if err != nil || !status.Ready || len(status.Problems) != 3 || !strings.Contains(status.Problems[0], ipvs.ErrForeign.Error()) {
 			t.Errorf("status %+v (%v), want a node that is ready and names the Service, and the virtual and the real server refused", status, err)
 		}
-		if got := fmt.Sprint(m.answers); got != "[{192.0.2.2 []}]" {
+		if got := fmt.Sprint(m.answers); got != "[{192.0.2.2 [] false}]" {
 			t.Errorf("answering for %s, want 192.0.2.2 alone", got)
 		}
 		m.set(func() { m.refuse = nil })
 		time.Sleep(retryForeignAfter + time.Second)
 		synctest.Wait()
-		if got := fmt.Sprint(m.answers); got != "[{192.0.2.1 []} {192.0.2.2 []}]" {
+		if got := fmt.Sprint(m.answers); got != "[{192.0.2.1 [] false} {192.0.2.2 [] false}]" {
 			t.Errorf("answering for %s when the other one has gone, want both", got)
 		}
 	})
@@ -751,7 +767,7 @@ func TestAgentProblems(t *testing.T) {
 		if len(status.Problems) != 2 || status.Problems[1] != refused {
 			t.Errorf("problems %q", status.Problems)
 		}
-		if len(m.speaker.Peers) != 1 || fmt.Sprint(m.answers) != "[{192.0.2.1 []}]" {
+		if len(m.speaker.Peers) != 1 || fmt.Sprint(m.answers) != "[{192.0.2.1 [] false}]" {
 			t.Errorf("%d peers, answers for %v", len(m.speaker.Peers), m.answers)
 		}
 		inbox.Remove(peer)
@@ -808,116 +824,6 @@ func TestAgentSliceMoves(t *testing.T) {
 		gone := objects(t, endpoints("one", true))[0] // only its name matters
 		inbox.Remove(gone)
 		m.expect("gone", "-e -t 192.0.2.2:80 -r 10.244.1.2:8080 -m -w 0")
-	})
-}
-
-// neighbours are agents that know of each other.
-type neighbours struct {
-	mu      sync.Mutex
-	alive   []string
-	changed chan struct{}
-	joined  []netip.AddrPort
-}
-
-func (n *neighbours) Join(all []netip.AddrPort) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.joined = all
-}
-
-func (n *neighbours) Alive() []string {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return slices.Clone(n.alive)
-}
-
-func (n *neighbours) Changed() <-chan struct{} { return n.changed }
-
-func (n *neighbours) are(names ...string) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.alive = names
-	select {
-	case n.changed <- struct{}{}:
-	default:
-	}
-}
-
-// An address has one owner, which is alive, Ready and not excluded; an agent that starts does not take what others have
-// before it had time to hear of them.
-func TestAgentMembers(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		type node struct {
-			*machine
-			inbox   *Inbox
-			members *neighbours
-			agent   running
-		}
-		names := []string{"n1", "n2", "n3"}
-		var nodes []*node
-		for _, name := range names {
-			n := &node{machine: newMachine(t, name), inbox: NewInbox(), members: &neighbours{changed: make(chan struct{}, 1), alive: []string{name}}}
-			site(t, n.inbox)
-			for i, other := range names {
-				n.inbox.Put(StandaloneNode(other, []netip.Addr{netip.AddrFrom4([4]byte{172, 31, 0, byte(11 + i)})}))
-			}
-			putAll(t, n.inbox, service("web", "192.0.2.1", 80, "")+"---"+endpoints("web", true))
-			n.inbox.Synced()
-			n.agent = n.start(n.inbox, n.members)
-			defer n.agent.stop()
-			nodes = append(nodes, n)
-		}
-		owners := func(when string, want ...string) {
-			t.Helper()
-			synctest.Wait()
-			var got []string
-			for _, n := range nodes {
-				if len(n.answers) > 0 {
-					got = append(got, n.name)
-				}
-				if len(n.speaker.Routes) > 1 {
-					t.Errorf("%s: %s advertises %v", when, n.name, n.speaker.Routes)
-				}
-			}
-			if !slices.Equal(got, want) {
-				t.Errorf("%s: owners %q, want %q", when, got, want)
-			}
-		}
-		owners("before they have heard of each other", "n3")
-		for _, n := range nodes {
-			n.members.are("n1", "n2", "n3")
-		}
-		time.Sleep(settleAfter)
-		owners("all alive", "n3")
-		if want := "[172.31.0.11:7946 172.31.0.12:7946 172.31.0.13:7946]"; fmt.Sprint(nodes[0].members.joined) != want {
-			t.Errorf("joined %v, want %s", nodes[0].members.joined, want)
-		}
-		nodes[2].agent.stop()
-		nodes = nodes[:2]
-		for _, n := range nodes {
-			n.members.are("n1", "n2")
-		}
-		owners("n3 is dead", "n1")
-		for _, n := range nodes {
-			excluded := StandaloneNode("n1", addrs("172.31.0.11"))
-			excluded.Labels[corev1.LabelNodeExcludeBalancers] = ""
-			n.inbox.Put(excluded)
-		}
-		owners("n1 is excluded", "n2")
-		if c := nodes[0].speaker; !c.Shutdown || len(c.Routes) != 1 || len(nodes[1].speaker.Routes) != 1 {
-			t.Errorf("an excluded node advertises %v, shutdown %t, the other one %v", c.Routes, c.Shutdown, nodes[1].speaker.Routes)
-		}
-		time.Sleep(5 * time.Second)
-		synctest.Wait()
-		if len(nodes[0].speaker.Routes) != 0 || len(nodes[1].speaker.Routes) != 1 {
-			t.Errorf("an excluded node advertises %v, the other one %v", nodes[0].speaker.Routes, nodes[1].speaker.Routes)
-		}
-		for _, n := range nodes {
-			unready := StandaloneNode("n2", addrs("172.31.0.12"))
-			unready.Status.Conditions[0].Status = corev1.ConditionUnknown
-			n.inbox.Put(unready)
-		}
-		owners("n2 is not Ready")
 	})
 }
 

@@ -84,7 +84,7 @@ func with(localPref uint32, communities ...string) func(*announcer.Route) {
 var prefixByValue = cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })
 
 // TestAnnounce decides for Service default/web on node n2. All three nodes may announce unless said otherwise; among
-// all of them 192.0.2.1 is that of n3 (announcer.Elect).
+// all of them 192.0.2.1 is that of n3, and fd00::1 then one of the others' (announcer.Elect). Every node but n4 has links.
 func TestAnnounce(t *testing.T) {
 	everyNode := map[string]labels.Set{"n1": {"rack": "a"}, "n2": {"rack": "b"}, "n3": {"rack": "b", "fast": "yes"}}
 	red := testPool(t, "red", "192.0.2.0/28 fd00::/124", func(p *config.Pool) { p.Labels = labels.Set{"tier": "gold"} })
@@ -98,7 +98,8 @@ func TestAnnounce(t *testing.T) {
 		nodes  map[string]labels.Set // nil = everyNode
 		layer2 []v1beta1.L2AdvertisementSpec
 		bgp    []v1beta1.BGPAdvertisementSpec
-		want   []Announced // without Service
+		view   func(*NetworkView) // what else is different
+		want   []Announced        // without Service
 	}{
 		{
 			name: "no address yet", svc: serviceWith(asIs), layer2: all,
@@ -133,7 +134,7 @@ func TestAnnounce(t *testing.T) {
 			name: "elected among all", svc: serviceWith(asIs, "192.0.2.1", "fd00::1"), layer2: all,
 			want: []Announced{
 				{Address: ip("192.0.2.1"), Pool: "red", Owner: "n3"},
-				{Address: ip("fd00::1"), Pool: "red", Owner: announcer.Elect(ip("fd00::1"), []announcer.Candidate{{Node: "n1"}, {Node: "n2"}, {Node: "n3"}})},
+				{Address: ip("fd00::1"), Pool: "red", Owner: "n1"},
 			},
 		},
 		{
@@ -179,6 +180,54 @@ func TestAnnounce(t *testing.T) {
 			name: "an advertisement without interfaces means every one", svc: serviceWith(asIs, "192.0.2.1"),
 			layer2: []v1beta1.L2AdvertisementSpec{{Interfaces: []string{"eth0"}}, {}, {Interfaces: []string{"eth1"}}},
 			want:   []Announced{{Address: ip("192.0.2.1"), Pool: "red", Owner: "n3"}},
+		},
+		{
+			name: "only nodes whose agent answers", svc: serviceWith(asIs, "192.0.2.1"), layer2: all,
+			view: func(v *NetworkView) { delete(v.Links, "n3"); delete(v.Links, "n2") },
+			want: []Announced{{Address: ip("192.0.2.1"), Pool: "red", Owner: "n1"}},
+		},
+		{
+			name: "only nodes with a link of the family", svc: serviceWith(asIs, "192.0.2.1", "fd00::1"), layer2: all,
+			view: func(v *NetworkView) {
+				v.Links = map[string][]announcer.Link{"n1": {{Name: "eth0", IPv4: true}}, "n2": {{Name: "eth0", IPv6: true}}, "n3": {{Name: "eth0"}}}
+			},
+			want: []Announced{{Address: ip("192.0.2.1"), Pool: "red", Owner: "n1"}, {Address: ip("fd00::1"), Pool: "red", Owner: "n2"}},
+		},
+		{
+			name: "only nodes with a link that is listed", svc: serviceWith(asIs, "192.0.2.1"),
+			layer2: []v1beta1.L2AdvertisementSpec{{Interfaces: []string{"eth8", "eth9"}}},
+			view:   func(v *NetworkView) { v.Links["n2"] = []announcer.Link{{Name: "eth0", IPv4: true}, {Name: "eth9"}} },
+			want:   []Announced{{Address: ip("192.0.2.1"), Pool: "red", Owner: "n2", Interfaces: []string{"eth8", "eth9"}}},
+		},
+		{
+			name: "no node with a link that is listed", svc: serviceWith(asIs, "192.0.2.1"),
+			layer2: []v1beta1.L2AdvertisementSpec{{Interfaces: []string{"eth9"}}},
+			want:   []Announced{{Address: ip("192.0.2.1"), Pool: "red", Reason: "no node that its L2Advertisements select has an agent that answers, and a usable link for it"}},
+		},
+		{
+			name: "a cordoned node is the last choice", svc: serviceWith(asIs, "192.0.2.1"),
+			layer2: []v1beta1.L2AdvertisementSpec{{PreferredNodeSelectors: []v1beta1.PreferredNodeSelector{{Weight: 100, Preference: match("fast", "yes")[0]}}}},
+			view:   func(v *NetworkView) { v.Cordoned = map[string]bool{"n3": true, "n2": true} },
+			want:   []Announced{{Address: ip("192.0.2.1"), Pool: "red", Owner: "n1"}},
+		},
+		{
+			name: "but a choice", svc: serviceWith(asIs, "192.0.2.1"), layer2: all, nodes: map[string]labels.Set{"n3": nil},
+			view: func(v *NetworkView) { v.Cordoned = map[string]bool{"n3": true} },
+			want: []Announced{{Address: ip("192.0.2.1"), Pool: "red", Owner: "n3"}},
+		},
+		{
+			name: "another Service's L2Advertisement decides", svc: serviceWith(asIs, "192.0.2.1"),
+			layer2: []v1beta1.L2AdvertisementSpec{{NodeSelectors: match("rack", "a")}},
+			view:   func(v *NetworkView) { v.Owner = func(netip.Addr) string { return "n3" } },
+			want: []Announced{{Address: ip("192.0.2.1"), Pool: "red",
+				Reason: "node n3 answers for it, for another Service whose L2Advertisement selects that node"}},
+		},
+		{
+			name: "this agent does not answer", svc: serviceWith(asIs, "192.0.2.1"), layer2: all,
+			view: func(v *NetworkView) {
+				v.Silent, v.Owner = "the agent is about to end", func(netip.Addr) string { return "" }
+			},
+			want: []Announced{{Address: ip("192.0.2.1"), Pool: "red", Reason: "the agent is about to end"}},
 		},
 		{
 			name: "BGP with everything", svc: serviceWith(asIs, "192.0.2.1", "fd00::1"),
@@ -238,6 +287,11 @@ func TestAnnounce(t *testing.T) {
 			if test.nodes != nil {
 				v.Nodes = test.nodes
 			}
+			everyLink := []announcer.Link{{Name: "eth0", IPv4: true, IPv6: true}, {Name: "eth1"}, {Name: "eth2"}, {Name: "eth3"}}
+			v.Links = map[string][]announcer.Link{"n1": everyLink, "n2": everyLink, "n3": everyLink}
+			if test.view != nil {
+				test.view(&v)
+			}
 			for i := range test.want {
 				test.want[i].Service = types.NamespacedName{Namespace: "default", Name: "web"}
 			}
@@ -249,6 +303,14 @@ func TestAnnounce(t *testing.T) {
 				reach := map[corev1.IPFamily]map[string]bool{}
 				for _, family := range served {
 					reach[family] = map[string]bool{AnyNode: true}
+				}
+				contests := map[netip.Addr]announcer.Contest{}
+				for addr, candidates := range Candidates(test.svc, reach, v) {
+					contests[addr] = announcer.Contest{Candidates: candidates}
+				}
+				if v.Owner == nil {
+					owners := announcer.Elect(contests)
+					v.Owner = func(addr netip.Addr) string { return owners[addr] }
 				}
 				if diff := cmp.Diff(test.want, Announce(test.svc, reach, v), byValue, prefixByValue); diff != "" {
 					t.Fatalf("-want +got:\n%s", diff)

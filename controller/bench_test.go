@@ -34,6 +34,12 @@ func (*nowhere) PortInUse(ipvs.Protocol, uint16) bool { return false }
 func (*nowhere) Answering(netip.Addr) bool            { return false }
 func (*nowhere) Set([]announcer.Address)              {}
 
+func (*nowhere) Links() []announcer.Link                        { return nil }
+func (*nowhere) Changed() <-chan struct{}                       { return nil }
+func (*nowhere) Conflicts() <-chan announcer.Conflict           { return nil }
+func (*nowhere) Announcements() map[announcer.Gratuitous]uint64 { return nil }
+func (*nowhere) Answers() map[string]uint64                     { return nil }
+
 type nobody struct{}
 
 func (nobody) Set(bgp.Config)          {}

@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -98,6 +99,7 @@ func (k *Kubernetes) WatchForAgent(ctx context.Context, inbox *Inbox) error {
 		source{k.client.DiscoveryV1().RESTClient(), "endpointslices", "", &discoveryv1.EndpointSlice{}, "!" + corev1.IsHeadlessService},
 		source{k.client.CoreV1().RESTClient(), "nodes", "", &corev1.Node{}, ""},
 		source{k.client.NetworkingV1().RESTClient(), "servicecidrs", "", &networkingv1.ServiceCIDR{}, ""},
+		source{k.client.CoordinationV1().RESTClient(), "leases", k.namespace, &coordinationv1.Lease{}, AgentLabel},
 		source{k.v1beta1, "ipaddresspools", k.namespace, &v1beta1.IPAddressPool{}, ""},
 		source{k.v1beta1, "l2advertisements", k.namespace, &v1beta1.L2Advertisement{}, ""},
 		source{k.v1beta1, "bgpadvertisements", k.namespace, &v1beta1.BGPAdvertisement{}, ""},

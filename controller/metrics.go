@@ -44,6 +44,10 @@ type metrics struct {
 	realServers      prometheus.Gauge
 	draining         prometheus.Gauge
 	foreign          prometheus.Gauge
+	taken, given     prometheus.Counter // addresses
+	conflicts        prometheus.Counter
+	alive, expected  prometheus.Gauge
+	fenced           prometheus.Gauge
 
 	// What a pass leaves to the next one.
 	started  time.Time                               // of the agent: what was triggered before is none of its doing
@@ -125,6 +129,7 @@ func newMetrics(inbox *Inbox) *metrics {
 		Name: "kubeproxy_sync_proxy_rules_no_local_endpoints_total", // a gauge, in spite of its name
 		Help: "Services with a Local traffic policy and endpoints, none of which is on this node.",
 	}, []string{"traffic_policy"})
+	changes := counters("longshore_owner_changes_total", "Addresses that this node began, or ceased, to answer for by ARP or NDP.", "change")
 	m := &metrics{
 		registry: registry,
 
@@ -160,6 +165,13 @@ func newMetrics(inbox *Inbox) *metrics {
 		draining:       gauge("longshore_draining_real_servers", "Real servers that only keep the connections they have."),
 		foreign:        gauge("longshore_foreign_virtual_servers", "Frontends of Services for which somebody else has a virtual server."),
 
+		taken:     changes.WithLabelValues("taken"),
+		given:     changes.WithLabelValues("given"),
+		conflicts: counter("longshore_address_conflicts_total", "Claims of other machines to addresses that this node answers for, at most one in 10 s for each."),
+		alive:     gauge("longshore_members_alive", "Agents that are alive by gossip, this one among them."),
+		expected:  gauge("longshore_members_expected", "Agents on nodes that the API server says are Ready, this one among them."),
+		fenced:    gauge("longshore_fenced", "1 while this agent answers for no address because others that it does not reach may; else 0."),
+
 		started: time.Now(),
 		servers: map[ipvs.Frontend]int{},
 		waiting: map[types.NamespacedName]endpointChange{},
@@ -185,6 +197,45 @@ func newMetrics(inbox *Inbox) *metrics {
 		m.drained.WithLabelValues(reason)
 	}
 	return m
+}
+
+// layer2 adds what is counted where ARP and NDP are spoken.
+func (m *metrics) layer2(l Layer2) { m.registry.MustRegister(layer2Counts{l}) }
+
+// layer2Counts collects the counts of ARP and NDP.
+type layer2Counts struct{ Layer2 }
+
+var (
+	gratuitous = prometheus.NewDesc("longshore_gratuitous_announcements_total",
+		"Announcements of addresses that nobody asked for, by why.", []string{"protocol", "reason"}, nil)
+	answered = prometheus.NewDesc("longshore_neighbour_requests_answered_total",
+		"Requests of neighbours for addresses that were answered.", []string{"protocol"}, nil)
+)
+
+// Describe is a prometheus.Collector's.
+func (c layer2Counts) Describe(descs chan<- *prometheus.Desc) {
+	descs <- gratuitous
+	descs <- answered
+}
+
+// Collect is a prometheus.Collector's.
+func (c layer2Counts) Collect(metrics chan<- prometheus.Metric) {
+	for g, n := range c.Announcements() {
+		metrics <- prometheus.MustNewConstMetric(gratuitous, prometheus.CounterValue, float64(n), g.Protocol, g.Reason)
+	}
+	for protocol, n := range c.Answers() {
+		metrics <- prometheus.MustNewConstMetric(answered, prometheus.CounterValue, float64(n), protocol)
+	}
+}
+
+// members notes how many agents are alive, how many should be, and whether this one is fenced.
+func (m *metrics) members(alive, expected int, fenced bool) {
+	m.alive.Set(float64(alive))
+	m.expected.Set(float64(expected))
+	m.fenced.Set(0)
+	if fenced {
+		m.fenced.Set(1)
+	}
 }
 
 // lastArrival is when the last change arrived, in seconds since 1970; 0 = none did.

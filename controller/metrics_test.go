@@ -348,6 +348,7 @@ func TestMetricsOfAgent(t *testing.T) {
 // TestMetricsDocumented compares the table in docs/operations.md with what is registered: name, type, labels.
 func TestMetricsDocumented(t *testing.T) {
 	m := newMetrics(NewInbox())
+	m.layer2(toLayer2{})
 	m.registry.MustRegister(bfdMetrics{func() []bgp.Session { return []bgp.Session{{BFD: &bfd.Status{}}} }})
 	pass(m, passed{ops: []ipvs.Operation{{Verb: ipvs.Add, Kind: ipvs.KindRoute}}}) // so that every metric has a series
 

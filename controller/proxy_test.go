@@ -12,6 +12,7 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/longshore-lb/longshore/announcer"
 	"github.com/longshore-lb/longshore/ipvs"
 )
 
@@ -399,8 +400,9 @@ func TestAgentAudit(t *testing.T) {
 func TestAgentLocalAnnouncements(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m, inbox := newMachine(t, "n1"), NewInbox()
-		members := &neighbours{changed: make(chan struct{}, 1), alive: []string{"n1", "n2"}}
-		a := m.start(inbox, members)
+		all := newGossip("n1", "n2")
+		all.says("n2", announcer.Agent{Able: true, Links: []announcer.Link{{Name: "eth0", IPv4: true}}})
+		a := m.start(inbox, all.members["n1"])
 		defer a.stop()
 		site(t, inbox)
 		inbox.Put(StandaloneNode("n2", addrs("172.31.0.12")))

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -130,6 +131,7 @@ type snapshot struct {
 	podWeights   map[string]podWeight                          // of the pods that say one, by namespace/name
 	watchesPods  bool
 	nodes        map[types.NamespacedName]*corev1.Node
+	agents       map[string]bool // nodes that have an agent, by their Leases
 	namespaces   map[types.NamespacedName]*corev1.Namespace
 	serviceCIDRs map[types.NamespacedName]*networkingv1.ServiceCIDR
 	pools        map[types.NamespacedName]*v1beta1.IPAddressPool
@@ -147,6 +149,7 @@ func newSnapshot() *snapshot {
 		serviceOf:    map[types.NamespacedName]types.NamespacedName{},
 		podWeights:   map[string]podWeight{},
 		nodes:        map[types.NamespacedName]*corev1.Node{},
+		agents:       map[string]bool{},
 		namespaces:   map[types.NamespacedName]*corev1.Namespace{},
 		serviceCIDRs: map[types.NamespacedName]*networkingv1.ServiceCIDR{},
 		pools:        map[types.NamespacedName]*v1beta1.IPAddressPool{},
@@ -162,6 +165,7 @@ func newSnapshot() *snapshot {
 type touched struct {
 	services   map[types.NamespacedName]struct{} // Services that changed, or whose endpoints did
 	nodes      bool                              // Nodes, ServiceCIDRs
+	agents     bool                              // nodes that have an agent
 	node       bool                              // this node's view
 	namespaces bool
 	config     bool // objects of group metallb.io
@@ -189,6 +193,11 @@ func (s *snapshot) update(changes []change) touched {
 		case *corev1.Node:
 			keep(s.nodes, name, o, c.deleted)
 			t.nodes = true
+		case *coordinationv1.Lease:
+			if o.Spec.HolderIdentity != nil && o.Name == agentLease(*o.Spec.HolderIdentity) {
+				s.agents[*o.Spec.HolderIdentity] = !c.deleted
+				t.agents = true
+			}
 		case *corev1.Namespace:
 			keep(s.namespaces, name, o, c.deleted)
 			t.namespaces = true

@@ -110,6 +110,10 @@ func (a *Agent) status() Status {
 	for _, name := range slices.SortedFunc(maps.Keys(a.unbound), compareNames) {
 		s.Problems = append(s.Problems, a.unbound[name])
 	}
+	if a.fence.reason != "" {
+		s.Problems = append(s.Problems, "no address is answered for by ARP or NDP: "+a.fence.reason)
+	}
+	s.Problems = append(s.Problems, a.conflictTexts()...)
 	s.Problems = append(s.Problems, a.refused...)
 	s.Problems = append(s.Problems, a.warned...)
 	s.Problems = append(s.Problems, a.overlaps...)

@@ -61,8 +61,10 @@ func Install(ctx context.Context, l *lab.Lab, c *lab.Cluster, root string) (*Ins
 	}
 	i := &Installation{Lab: l, Cluster: c, binary: binary}
 	c.Image("longshore-lb/longshore", i.run)
+	// An agent that was killed takes longer to come back here than on a machine of its own.
 	if _, err := c.Helm(ctx, "install", "longshore", filepath.Join(root, "charts", "longshore"),
-		"--namespace", Namespace, "--create-namespace"); err != nil {
+		"--namespace", Namespace, "--create-namespace",
+		"--set", "agent.members.crashGrace=10s"); err != nil {
 		return nil, err
 	}
 	return i, i.AwaitReady(ctx)
@@ -160,7 +162,12 @@ func (i *Installation) Shortcut(n *lab.Node) string {
 }
 
 // KillAgent ends the agent of a node at once, without its having a say. The node's kubelet starts it again.
-func (i *Installation) KillAgent(n *lab.Node) error {
+func (i *Installation) KillAgent(n *lab.Node) error { return i.signalAgent(n, syscall.SIGKILL) }
+
+// EndAgent asks the agent of a node to end, as an upgrade does. The node's kubelet starts it again.
+func (i *Installation) EndAgent(n *lab.Node) error { return i.signalAgent(n, syscall.SIGTERM) }
+
+func (i *Installation) signalAgent(n *lab.Node, signal syscall.Signal) error {
 	commands, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
 		return err
@@ -174,7 +181,7 @@ func (i *Installation) KillAgent(n *lab.Node) error {
 		if _, err := fmt.Sscanf(file, "/proc/%d/", &pid); err != nil {
 			return err
 		}
-		return syscall.Kill(pid, syscall.SIGKILL)
+		return syscall.Kill(pid, signal)
 	}
 	return fmt.Errorf("no agent runs on %s", n.Name)
 }

@@ -52,6 +52,8 @@ func TestScenarios(t *testing.T) {
 		{"Hairpin", hairpin},
 		{"EndpointsFollowReadiness", endpointsFollowReadiness},
 		{"Layer2", layer2},
+		{"Handover", handover},
+		{"SplitBrain", splitBrain},
 		{"BGP", overBGP},
 		{"BFD", overBFD},
 		{"GracefulShutdown", gracefulShutdown},

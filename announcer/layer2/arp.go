@@ -60,7 +60,7 @@ func (w *arpWire) send(op arp.Operation, addr netip.Addr, targetMAC mac, target 
 
 // serve answers both broadcast requests and unicast ones, by which neighbours and switches verify what they know. A
 // probe (RFC 5227 section 1.1: sender 0.0.0.0) is answered like any other request.
-func (w *arpWire) serve(wanted func(netip.Addr) bool, claimed func(netip.Addr, mac)) error {
+func (w *arpWire) serve(wanted func(netip.Addr) bool, claimed func(netip.Addr, mac), answered func()) error {
 	buffer := make([]byte, 256)
 	for {
 		n, _, err := w.conn.ReadFrom(buffer)
@@ -82,7 +82,9 @@ func (w *arpWire) serve(wanted func(netip.Addr) bool, claimed func(netip.Addr, m
 		}
 		if p.Operation == arp.OperationRequest && p.SenderIP != p.TargetIP && wanted(p.TargetIP) {
 			// A reply that cannot be sent is asked for again.
-			_ = w.send(arp.OperationReply, p.TargetIP, sender, p.SenderIP, sender)
+			if w.send(arp.OperationReply, p.TargetIP, sender, p.SenderIP, sender) == nil {
+				answered()
+			}
 		}
 	}
 }

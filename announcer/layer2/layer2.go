@@ -74,23 +74,39 @@ type Announcement struct {
 	HardwareAddr string // the link's MAC address, the answer; aa:bb:cc:dd:ee:ff
 }
 
-// Conflict is a claim of another machine to an address that is answered for here. During a hand-over the one that
-// gives the address away may see its successor as one.
-type Conflict struct {
-	Addr         netip.Addr
-	Interface    string // the link on which it was heard
-	HardwareAddr string // the other's MAC address
-}
-
 // Responder answers for a set of addresses. Its methods may be called from any goroutine.
 type Responder struct {
 	log       *slog.Logger
 	refresh   time.Duration
-	desired   atomic.Pointer[desired]        // read by the goroutines that answer, for every request
-	status    atomic.Pointer[[]Announcement] // written by Run
+	desired   atomic.Pointer[desired]          // read by the goroutines that answer, for every request
+	status    atomic.Pointer[[]Announcement]   // written by Run
+	links     atomic.Pointer[[]announcer.Link] // likewise
 	wake      chan struct{}
 	changed   chan struct{}
-	conflicts chan Conflict
+	conflicts chan announcer.Conflict
+
+	announced [len(protocols)][len(reasons)]atomic.Uint64
+	answered  [len(protocols)]atomic.Uint64
+}
+
+// protocols is the names of the families' protocols, by familyIndex.
+var protocols = [...]string{"arp", "ndp"}
+
+// reason is why neighbours are told of an address without having asked.
+type reason int
+
+const (
+	takeover reason = iota
+	carrier
+	periodic
+	conflict
+)
+
+var reasons = [...]string{
+	takeover: announcer.Takeover,
+	carrier:  announcer.Carrier,
+	periodic: announcer.Periodic,
+	conflict: announcer.Contested,
 }
 
 // New makes a responder that answers for nothing yet. It opens no socket; Run does.
@@ -100,10 +116,11 @@ func New(log *slog.Logger, options Options) *Responder {
 		refresh:   cmp.Or(options.Refresh, defaultRefresh),
 		wake:      make(chan struct{}, 1),
 		changed:   make(chan struct{}, 1),
-		conflicts: make(chan Conflict, 64),
+		conflicts: make(chan announcer.Conflict, 64),
 	}
 	r.desired.Store(newDesired(nil))
 	r.status.Store(&[]Announcement{})
+	r.links.Store(&[]announcer.Link{})
 	return r
 }
 
@@ -134,12 +151,35 @@ func (r *Responder) Answering(addr netip.Addr) bool {
 	return slices.ContainsFunc(r.Status(), func(a Announcement) bool { return a.Addr == addr })
 }
 
-// Changed receives after Status has changed. It holds one message: many changes may come as one.
+// Links is the usable links, sorted by name; none before Run. The slice is shared: do not change it.
+func (r *Responder) Links() []announcer.Link { return *r.links.Load() }
+
+// Announcements is how often neighbours were told of an address without having asked, on one link at a time, since New.
+func (r *Responder) Announcements() map[announcer.Gratuitous]uint64 {
+	counts := map[announcer.Gratuitous]uint64{}
+	for p := range r.announced {
+		for why := range r.announced[p] {
+			counts[announcer.Gratuitous{Protocol: protocols[p], Reason: reasons[why]}] = r.announced[p][why].Load()
+		}
+	}
+	return counts
+}
+
+// Answers is how many requests of neighbours were answered since New, by protocol: arp, ndp.
+func (r *Responder) Answers() map[string]uint64 {
+	counts := map[string]uint64{}
+	for p := range r.answered {
+		counts[protocols[p]] = r.answered[p].Load()
+	}
+	return counts
+}
+
+// Changed receives after Status or Links has changed. It holds one message: many changes may come as one.
 func (r *Responder) Changed() <-chan struct{} { return r.changed }
 
 // Conflicts receives the claims of others to our addresses, at most one per address in 10 seconds. Each is answered
 // by announcing the address once more (RFC 5227 section 2.4 (b)). Those that nobody receives are dropped after 64.
-func (r *Responder) Conflicts() <-chan Conflict { return r.conflicts }
+func (r *Responder) Conflicts() <-chan announcer.Conflict { return r.conflicts }
 
 // Run answers and announces until ctx ends, and returns nil then. It returns an error if the kernel does not report
 // its links at the start; troubles on single links are logged and tried again. Call it once.
@@ -170,11 +210,15 @@ func (r *Responder) Run(ctx context.Context) error {
 type desired struct {
 	everywhere map[netip.Addr]struct{}            // on every link that carries the family
 	named      map[string]map[netip.Addr]struct{} // on the link of this name
+	yielding   map[netip.Addr]struct{}            // without announcing them
 }
 
 func newDesired(addrs []announcer.Address) *desired {
-	d := &desired{everywhere: map[netip.Addr]struct{}{}, named: map[string]map[netip.Addr]struct{}{}}
+	d := &desired{everywhere: map[netip.Addr]struct{}{}, named: map[string]map[netip.Addr]struct{}{}, yielding: map[netip.Addr]struct{}{}}
 	for _, a := range addrs {
+		if a.Yielding {
+			d.yielding[a.Addr] = struct{}{}
+		}
 		if len(a.Interfaces) == 0 {
 			d.everywhere[a.Addr] = struct{}{}
 		}
@@ -186,6 +230,12 @@ func newDesired(addrs []announcer.Address) *desired {
 		}
 	}
 	return d
+}
+
+// yields tells whether an address is to be answered for only, since another node is to have it.
+func (d *desired) yields(addr netip.Addr) bool {
+	_, ok := d.yielding[addr]
+	return ok
 }
 
 // on tells whether an address is to be answered for on a usable link.
@@ -241,8 +291,8 @@ type wire interface {
 	// announce tells all neighbours once that the address is here.
 	announce(netip.Addr) error
 	// serve answers the requests for addresses that are wanted, and calls claimed for each message in which another MAC
-	// address claims one of them, until the wire is closed or fails.
-	serve(wanted func(netip.Addr) bool, claimed func(addr netip.Addr, by mac)) error
+	// address claims one of them, and answered for each answer sent, until the wire is closed or fails.
+	serve(wanted func(netip.Addr) bool, claimed func(addr netip.Addr, by mac), answered func()) error
 	close()
 }
 
@@ -266,7 +316,7 @@ type trouble struct {
 }
 
 func (l *loop) run() {
-	l.reconcileAll()
+	l.reconcileAll(takeover)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -279,7 +329,7 @@ func (l *loop) run() {
 		case <-l.ctx.Done():
 			return
 		case <-l.wake:
-			l.reconcileAll()
+			l.reconcileAll(takeover)
 		case u, ok := <-l.watch.links:
 			if !ok {
 				l.watchAgain()
@@ -302,7 +352,7 @@ func (l *loop) run() {
 				if l.watch.broken() {
 					l.watchAgain()
 				} else {
-					l.reconcileAll()
+					l.reconcileAll(carrier)
 				}
 			}
 			l.announceDue(now)
@@ -332,7 +382,7 @@ func (l *loop) watchAgain() {
 	}
 	l.report(trouble{"", "watch links"}, nil)
 	l.watch = watch
-	l.reconcileAll()
+	l.reconcileAll(carrier)
 }
 
 func (l *loop) retryLater() {
@@ -353,7 +403,8 @@ func (l *loop) report(t trouble, err error) {
 	}
 }
 
-func (l *loop) reconcileAll() {
+// reconcileAll brings every link to what is desired on it; why is the reason to tell the neighbours of what is new there.
+func (l *loop) reconcileAll(why reason) {
 	d := l.desired.Load()
 	for addr, at := range l.defended {
 		if time.Since(at) >= conflictInterval {
@@ -363,25 +414,42 @@ func (l *loop) reconcileAll() {
 	changed := false
 	for index := range l.ports {
 		if _, ok := l.watch.known[index]; !ok {
-			changed = l.reconcile(index, d) || changed
+			changed = l.reconcile(index, d, why) || changed
 		}
 	}
 	for index := range l.watch.known {
-		changed = l.reconcile(index, d) || changed
+		changed = l.reconcile(index, d, why) || changed
 	}
-	if changed {
+	if l.publishLinks() || changed {
 		l.publish()
 	}
 }
 
 func (l *loop) reconcileOne(index int) {
-	if l.reconcile(index, l.desired.Load()) {
+	changed := l.reconcile(index, l.desired.Load(), carrier)
+	if l.publishLinks() || changed {
 		l.publish()
 	}
 }
 
+// publishLinks makes the usable links the Links, and tells whether they are others than before.
+func (l *loop) publishLinks() bool {
+	links := []announcer.Link{}
+	for index := range l.watch.known {
+		if link, ok := l.watch.usable(index); ok {
+			links = append(links, announcer.Link{Name: link.name, IPv4: link.carries4, IPv6: link.carries6})
+		}
+	}
+	slices.SortFunc(links, func(a, b announcer.Link) int { return cmp.Compare(a.Name, b.Name) })
+	if slices.Equal(links, l.Links()) {
+		return false
+	}
+	l.links.Store(&links)
+	return true
+}
+
 // reconcile brings one link to what is desired on it, and tells whether that changed what is announced.
-func (l *loop) reconcile(index int, d *desired) (changed bool) {
+func (l *loop) reconcile(index int, d *desired, why reason) (changed bool) {
 	link, usable := l.watch.usable(index)
 	p := l.ports[index]
 	if p != nil && (!usable || p.link != link) {
@@ -405,7 +473,7 @@ func (l *loop) reconcile(index int, d *desired) (changed bool) {
 			p = &port{link: link, announced: map[netip.Addr]*announcement{}}
 			l.ports[index] = p
 		}
-		if p.announced[addr] == nil && l.announce(p, addr) {
+		if p.announced[addr] == nil && l.announce(p, addr, why) {
 			changed = true
 		}
 	})
@@ -416,7 +484,7 @@ func (l *loop) reconcile(index int, d *desired) (changed bool) {
 }
 
 // announce begins to answer for an address on a port and starts its burst.
-func (l *loop) announce(p *port, addr netip.Addr) bool {
+func (l *loop) announce(p *port, addr netip.Addr, why reason) bool {
 	w, err := l.wire(p, addr)
 	if err == nil {
 		err = w.join(addr)
@@ -426,7 +494,7 @@ func (l *loop) announce(p *port, addr netip.Addr) bool {
 		l.retryLater()
 		return false
 	}
-	a := &announcement{port: p, addr: addr, at: time.Now()}
+	a := &announcement{port: p, addr: addr, at: time.Now(), why: why}
 	p.announced[addr] = a
 	heap.Push(&l.schedule, a)
 	l.log.Debug("answering for an address", "address", addr, "interface", p.link.name, "mac", p.link.mac)
@@ -468,7 +536,8 @@ func (l *loop) wire(p *port, addr netip.Addr) (wire, error) {
 				case l.claims <- claim{p, addr, by}:
 				default: // a flood; one of them got through
 				}
-			})
+			},
+			func() { l.answered[family].Add(1) })
 		select {
 		case l.failed <- failure{p, family, err}:
 		case <-l.ctx.Done():
@@ -530,28 +599,32 @@ func (l *loop) announceDue(now time.Time) {
 	d := l.desired.Load()
 	for len(l.schedule) > 0 && !l.schedule[0].at.After(now) {
 		a := l.schedule[0]
-		if d.on(a.port.link, a.addr) { // else it is about to be withdrawn
-			l.send(a.port, a.addr)
+		if d.on(a.port.link, a.addr) && !d.yields(a.addr) { // else it is about to be withdrawn
+			l.send(a.port, a.addr, a.why)
 		}
 		if a.sent < len(burst) {
 			a.at = now.Add(burst[a.sent])
 			a.sent++
 		} else {
+			a.why = periodic
 			a.at = now.Add(time.Duration(float64(l.refresh) * (0.75 + rand.Float64()/2)))
 		}
 		heap.Fix(&l.schedule, 0)
 	}
 }
 
-func (l *loop) send(p *port, addr netip.Addr) {
+func (l *loop) send(p *port, addr netip.Addr, why reason) {
 	err := p.wires[familyIndex(addr)].announce(addr)
+	if err == nil {
+		l.announced[familyIndex(addr)][why].Add(1)
+	}
 	l.report(trouble{p.link.name, "announce by " + family(addr)}, err)
 }
 
 // defend reports a claim to an address of ours and announces the address in return.
 func (l *loop) defend(c claim) {
-	if l.ports[c.port.link.index] != c.port || c.port.announced[c.addr] == nil || l.watch.owns(c.by) {
-		return // it has gone, or another link of this node on the same network made the claim
+	if l.ports[c.port.link.index] != c.port || c.port.announced[c.addr] == nil || l.watch.owns(c.by) || l.desired.Load().yields(c.addr) {
+		return // it has gone or goes, or another link of this node on the same network made the claim
 	}
 	now := time.Now()
 	if last, ok := l.defended[c.addr]; ok && now.Sub(last) < conflictInterval {
@@ -560,10 +633,10 @@ func (l *loop) defend(c claim) {
 	l.defended[c.addr] = now
 	l.log.Warn("another machine claims an address", "address", c.addr, "interface", c.port.link.name, "mac", c.by)
 	select {
-	case l.conflicts <- Conflict{Addr: c.addr, Interface: c.port.link.name, HardwareAddr: c.by.String()}:
+	case l.conflicts <- announcer.Conflict{Addr: c.addr, Interface: c.port.link.name, HardwareAddr: c.by.String()}:
 	default:
 	}
-	l.send(c.port, c.addr)
+	l.send(c.port, c.addr, conflict)
 }
 
 // announcement is an address on a port and when the neighbours are told of it next.
@@ -571,6 +644,7 @@ type announcement struct {
 	port  *port
 	addr  netip.Addr
 	at    time.Time
+	why   reason
 	sent  int // of the burst, after its first
 	index int // in the schedule
 }

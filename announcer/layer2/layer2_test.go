@@ -45,7 +45,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// runNode obeys the lines "set ADDRESS[@LINK,LINK]..." and "status" until the end of its input.
+// runNode sets the addresses of each line, ADDRESS[@LINK,LINK][!]... (! = yielding), or for the line "counts" says what it has counted, until
+// the end of its input.
 func runNode(refresh string) error {
 	interval, err := time.ParseDuration(refresh)
 	if err != nil {
@@ -88,10 +89,29 @@ func runNode(refresh string) error {
 				}
 				return goleak.Find()
 			}
+			if line == "counts" {
+				counts := map[string]uint64{}
+				for g, n := range r.Announcements() {
+					counts[g.Protocol+" "+g.Reason] = n
+				}
+				for protocol, n := range r.Answers() {
+					counts[protocol+" answers"] = n
+				}
+				for _, l := range r.Links() {
+					counts[fmt.Sprint("link ", l)] = 1
+				}
+				line, err := json.Marshal(counts)
+				if err != nil {
+					return err
+				}
+				fmt.Printf("counts %s\n", line)
+				continue
+			}
 			var addrs []announcer.Address
 			for f := range strings.FieldsSeq(line) {
+				f, yielding := strings.CutSuffix(f, "!")
 				addr, links, named := strings.Cut(f, "@")
-				a := announcer.Address{Addr: netip.MustParseAddr(addr)}
+				a := announcer.Address{Addr: netip.MustParseAddr(addr), Yielding: yielding}
 				if named {
 					a.Interfaces = strings.Split(links, ",")
 				}
@@ -233,6 +253,7 @@ type node struct {
 	sets      chan struct{}
 	statuses  chan []layer2.Announcement
 	conflicts chan string
+	counts    chan map[string]uint64
 	ended     chan string
 }
 
@@ -258,6 +279,7 @@ func startNode(t *testing.T, ns namespace, refresh time.Duration) *node {
 		sets:      make(chan struct{}),
 		statuses:  make(chan []layer2.Announcement, 1000),
 		conflicts: make(chan string, 1000),
+		counts:    make(chan map[string]uint64),
 		ended:     make(chan string, 1),
 	}
 	go func() {
@@ -280,6 +302,12 @@ func startNode(t *testing.T, ns namespace, refresh time.Duration) *node {
 				n.statuses <- s
 			case "conflict":
 				n.conflicts <- rest
+			case "counts":
+				var counts map[string]uint64
+				if err := json.Unmarshal([]byte(rest), &counts); err != nil {
+					t.Errorf("node %s: counts %s: %v", ns.name, rest, err)
+				}
+				n.counts <- counts
 			case "end":
 				last = rest
 			}
@@ -752,6 +780,64 @@ func TestConflict(t *testing.T) {
 	if n := len(node.conflicts); n > len(vips) {
 		t.Errorf("%d conflicts reported on top of one per address", n)
 	}
+}
+
+// counted waits until the node has counted this much of each, at least, or exactly where it says 0.
+func (n *node) counted(want map[string]uint64) {
+	n.t.Helper()
+	eventually(n.t, func() string {
+		fmt.Fprintln(n.stdin, "counts")
+		got := <-n.counts
+		for what, count := range want {
+			if got[what] < count || count == 0 && got[what] > 0 {
+				return fmt.Sprintf("counted %v, want %v", got, want)
+			}
+		}
+		return ""
+	})
+}
+
+// TestCounts holds that each announcement is counted with its reason, and each answer, and which links are usable.
+func TestCounts(t *testing.T) {
+	network := newNetwork(t)
+	client, machine, intruder := network.machine("client", 1), network.machine("node", 2), network.machine("intruder", 3)
+	node := startNode(t, machine, 2*time.Second)
+	node.set(vips...)
+	node.counted(map[string]uint64{"arp takeover": 5, "ndp takeover": 5, "arp carrier": 0, "ndp carrier": 0, "arp conflict": 0,
+		"arp answers": 0, "ndp answers": 0, "link {eth0 true true}": 1, "link {lo false false}": 0})
+	for _, vip := range vips {
+		client.resolves(vip, mac(2))
+	}
+	node.counted(map[string]uint64{"arp answers": 1, "ndp answers": 1, "arp periodic": 1, "ndp periodic": 1})
+	network.bridge.must("ip link set port2 down")
+	node.counted(map[string]uint64{"link {eth0 true true}": 0, "arp carrier": 0})
+	network.bridge.must("ip link set port2 up")
+	node.counted(map[string]uint64{"link {eth0 true true}": 1, "arp carrier": 5, "ndp carrier": 5, "arp conflict": 0})
+	intruder.must("sysctl -qw net.ipv4.conf.eth0.arp_notify=1")
+	intruder.must("ip addr add " + vip4 + "/24 dev eth0")
+	intruder.must("ip link set eth0 address 02:00:00:00:00:66")
+	node.counted(map[string]uint64{"arp conflict": 1, "ndp conflict": 0})
+}
+
+// TestYield holds that an address which another node is to have is answered for, and neither announced nor fought for.
+func TestYield(t *testing.T) {
+	network := newNetwork(t)
+	client, machine, successor := network.machine("client", 1), network.machine("node", 2), network.machine("successor", 3)
+	node := startNode(t, machine, 2*time.Second)
+	node.set(vip4)
+	node.counted(map[string]uint64{"arp takeover": 5})
+	node.set(vip4 + "!")
+	client.resolves(vip4, mac(2))
+	next := startNode(t, successor, time.Hour)
+	next.set(vip4)
+	next.counted(map[string]uint64{"arp takeover": 5, "arp conflict": 0})
+	node.counted(map[string]uint64{"arp conflict": 0})
+	client.learns(vip4, mac(3))
+	if len(node.conflicts) > 0 {
+		t.Error("the successor was reported as a conflict")
+	}
+	node.set()
+	node.announces()
 }
 
 // TestMany answers for more IPv6 addresses than one socket can join groups for.

@@ -99,7 +99,7 @@ func (w *ndpWire) advertise(addr netip.Addr, solicited bool, to netip.Addr, toMA
 
 // serve answers solicitations sent to the group or to the address itself. One from the unspecified address is somebody's
 // duplicate address detection: it is answered to all nodes and is not marked as solicited (RFC 4861 section 7.2.4).
-func (w *ndpWire) serve(wanted func(netip.Addr) bool, claimed func(netip.Addr, mac)) error {
+func (w *ndpWire) serve(wanted func(netip.Addr) bool, claimed func(netip.Addr, mac), answered func()) error {
 	buffer := make([]byte, 2048)
 	for {
 		n, _, err := w.conn.ReadFrom(buffer)
@@ -117,9 +117,12 @@ func (w *ndpWire) serve(wanted func(netip.Addr) bool, claimed func(netip.Addr, m
 			}
 			// An answer that cannot be sent is asked for again.
 			if source.IsUnspecified() {
-				_ = w.announce(m.TargetAddress)
+				err = w.announce(m.TargetAddress)
 			} else {
-				_ = w.advertise(m.TargetAddress, true, source, linkLayer(m.Options, ndp.Source, from))
+				err = w.advertise(m.TargetAddress, true, source, linkLayer(m.Options, ndp.Source, from))
+			}
+			if err == nil {
+				answered()
 			}
 		case *ndp.NeighborAdvertisement:
 			if by := linkLayer(m.Options, ndp.Target, from); by != w.link.mac && wanted(m.TargetAddress) {

@@ -1,29 +1,37 @@
-// Package members tells which agents are alive, by gossip between the agents and not through the API server:
-// when that is slow or gone, a dead node's addresses still move within seconds.
+// Package members tells which agents are alive and what they say of themselves, by gossip between the agents and not through
+// the API server: when that is slow or gone, a dead node's addresses still move within a second.
 //
 // # Failure detection
 //
-// The protocol is SWIM with Lifeguard, by hashicorp/memberlist. With the settings of this package:
+// The protocol is SWIM with Lifeguard, by hashicorp/memberlist. Its pace is Config.ProbeInterval, p:
 //
-//   - every agent probes one other, in turn, each 500 ms: UDP, answered within 250 ms, else until the end of the
-//     500 ms through three other agents and by TCP;
-//   - an agent that answered none of these is suspect, and has 1.5 s to say that it lives: 3 probe intervals, times
-//     log10(agents) in clusters of more than 10 (3 s for 100 agents). No confirmation by others shortens or
-//     lengthens it.
+//   - every agent probes one other, in turn, each p: UDP, answered within p/2, else until the end of p through three other
+//     agents and by TCP;
+//   - an agent that answered none of these is suspect, and has p to say that it lives, times log10(agents) in clusters of
+//     more than 10 (2p for 100 agents). No confirmation by others shortens or lengthens it;
+//   - then the node's kernel is asked, by a TCP connection to the agent's port. It answers within p, or the node is dead.
 //
-// So a node that dies is noticed by the first prober after 0.8 s on average (each of n agents probes one at random),
-// suspect 0.5 s later and dead 1.5 s after that: between 2 and 3.5 s for up to 10 agents. News of it spreads by
-// gossip each 100 ms. An agent on an overloaded machine must be silent for 2 s in a row to be taken for dead, and
-// one that finds itself late with its own probes waits longer for others (up to 8 intervals) before it accuses them.
-// An agent that crashes on a node that lives is not taken for dead at once: the node's kernel, which refuses
-// connections to the agent's port, tells the two apart. The agent then has 10 s to come back, and the node keeps its
-// addresses meanwhile. For a dead node the same look costs 0.3 s more.
+// A node that dies is noticed by the first prober after p/2 on average (each of n agents probes one at random), and at the
+// worst, with two others that begin at the same time, after 3p. Then come p, p and p. So it is taken for dead after 3.5p on
+// average and 6p at the worst: with the default of 200 ms after 0.7 s, at most 1.2 s. News of it spreads by gossip each p/4.
+//
+// What makes so fast a pace safe is the last step. An agent that is late because its machine is overloaded has a kernel that
+// answers: the node counts as alive for Config.CrashGrace, in which the agent says that it lives. The same goes for an agent
+// that has crashed and comes back. One that finds itself late with its own probes waits longer for others (up to 8
+// intervals) before it accuses them (Lifeguard's local health awareness).
 //
 // An agent that ends properly says so, and is gone for all within a gossip interval or two.
+//
+// # What agents say of themselves
+//
+// [announcer.Agent] is versioned, and the newest version counts. A change goes to every other agent: in packets of gossip if
+// it is small, else over TCP. All of it is exchanged when an agent joins, and with one other agent each 10 seconds, so that
+// what was lost arrives. What a dead agent said dies with it.
 package members
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -33,6 +41,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -41,14 +50,18 @@ import (
 	"time"
 
 	"github.com/hashicorp/memberlist"
+
+	"github.com/longshore-lb/longshore/announcer"
 )
 
 const (
-	probeInterval  = 500 * time.Millisecond
-	probeTimeout   = 250 * time.Millisecond
-	suspicion      = 3 // probe intervals between suspect and dead, for up to 10 agents
-	gossipInterval = 100 * time.Millisecond
-	dialTimeout    = 2 * time.Second // for one attempt to join a node
+	suspicion     = 1 // probe intervals between suspect and dead, for up to 10 agents
+	gossipPerPace = 4 // rounds of gossip in a probe interval
+	dialTimeout   = 2 * time.Second
+
+	// syncInterval is the time between two exchanges of all that is known, each with another agent: what got lost on the way
+	// is learned then. memberlist makes it longer for more than 32 agents.
+	syncInterval = 10 * time.Second
 
 	// joinInterval is the time between rounds of attempts to join the nodes that are not members, and joinRound how
 	// many are tried in one: a single success brings every other member with it.
@@ -58,22 +71,22 @@ const (
 	// leaveTimeout is how long a leaving agent waits for its farewell to be sent.
 	leaveTimeout = 2 * time.Second
 
-	// crashGrace is how long an agent that has crashed has to come back on a node that lives, crashCheck the pause
-	// between two looks at such a node, and crashTimeout how long one may take: a node that lives answers from its kernel.
-	crashGrace   = 10 * time.Second
-	crashCheck   = 500 * time.Millisecond
-	crashTimeout = 300 * time.Millisecond
-
 	// label keeps other users of memberlist on the same port out, whatever their key.
 	label = "longshore"
+
+	// datagram is how many bytes of a message of ours fit into one packet of gossip, in any case (memberlist's
+	// UDPBufferSize, less what it adds and its own news).
+	datagram = 1000
 )
 
 // Config says who this agent is and where it talks to the others.
 type Config struct {
-	Node string         // this node's name, unique among the members
-	Bind netip.AddrPort // the node's own address, to bind to and to be reached at (UDP and TCP); not unspecified
-	Key  []byte         // 16, 24 or 32 bytes to encrypt with AES-128, -192 or -256; empty = in the clear
-	Log  *slog.Logger
+	Node          string         // this node's name, unique among the members
+	Bind          netip.AddrPort // the node's own address, to bind to and to be reached at (UDP and TCP); not unspecified
+	Key           []byte         // 16, 24 or 32 bytes to encrypt with AES-128, -192 or -256; empty = in the clear
+	ProbeInterval time.Duration  // the pace of failure detection, see the package; positive
+	CrashGrace    time.Duration  // how long an agent that has crashed has to come back on a node that lives; 0 = no time
+	Log           *slog.Logger
 }
 
 // Members is the set of agents that gossip with this one.
@@ -81,11 +94,16 @@ type Members struct {
 	config  Config
 	changed chan struct{}
 	joins   chan struct{} // size 1: targets changed
+	spreads chan struct{} // size 1: the own word changed
+	queue   memberlist.TransmitLimitedQueue
 
 	mu      sync.Mutex
 	targets []netip.AddrPort
-	list    *memberlist.Memberlist    // while Run runs
-	crashed map[string]netip.AddrPort // agents that are gone without a farewell, from nodes that seem to live
+	list    *memberlist.Memberlist     // while Run runs
+	crashed map[string]netip.AddrPort  // agents that are gone without a farewell, from nodes that seem to live
+	agents  map[string]announcer.Agent // what agents said of themselves last, this one too; some may be dead
+	told    bool                       // whether this agent has said anything
+	errands map[string]uint64          // version of the own word that is on its way to a member
 	watches sync.WaitGroup
 	leaving atomic.Bool
 }
@@ -105,12 +123,21 @@ func New(config Config) (*Members, error) {
 	if err := memberlist.ValidateKey(config.Key); len(config.Key) > 0 && err != nil {
 		return nil, fmt.Errorf("members: key of %d bytes: want 16, 24 or 32", len(config.Key))
 	}
-	return &Members{
+	if config.ProbeInterval <= 0 {
+		return nil, fmt.Errorf("members: probe interval %s: must be positive", config.ProbeInterval)
+	}
+	m := &Members{
 		config:  config,
 		changed: make(chan struct{}, 1),
 		joins:   make(chan struct{}, 1),
+		spreads: make(chan struct{}, 1),
 		crashed: map[string]netip.AddrPort{},
-	}, nil
+		agents:  map[string]announcer.Agent{},
+		errands: map[string]uint64{},
+	}
+	m.queue.RetransmitMult = 4 // times log10 of the agents, as memberlist does with its own news
+	m.queue.NumNodes = func() int { return max(len(m.Alive()), 1) }
+	return m, nil
 }
 
 // plain is an address as it is compared here: an IPv4 address in its own form.
@@ -129,10 +156,12 @@ func (m *Members) Run(ctx context.Context) error {
 	m.list = list
 	m.mu.Unlock()
 	poke(m.changed)
+	poke(m.spreads)
 
-	var joining sync.WaitGroup
-	joining.Go(func() { m.join(ctx, list) })
-	defer joining.Wait()
+	var working sync.WaitGroup
+	working.Go(func() { m.join(ctx, list) })
+	working.Go(func() { m.spread(ctx, list) })
+	defer working.Wait()
 	defer m.watches.Wait()
 	<-ctx.Done() // not the end of join, which may be waiting for a node that does not answer
 
@@ -163,16 +192,17 @@ func (m *Members) memberlistConfig(ctx context.Context) *memberlist.Config {
 	c.AdvertiseAddr = c.BindAddr
 	c.AdvertisePort = c.BindPort
 	c.SecretKey = m.config.Key
-	c.ProbeInterval = probeInterval
-	c.ProbeTimeout = probeTimeout
+	c.ProbeInterval = m.config.ProbeInterval
+	c.ProbeTimeout = m.config.ProbeInterval / 2
 	c.SuspicionMult = suspicion
 	c.SuspicionMaxTimeoutMult = 1
-	c.GossipInterval = gossipInterval
+	c.GossipInterval = m.config.ProbeInterval / gossipPerPace
+	c.PushPullInterval = syncInterval
 	c.TCPTimeout = dialTimeout
 	c.DeadNodeReclaimTime = time.Nanosecond // a dead node may come back with another address, at once
-	c.EnableCompression = false             // messages are a few dozen bytes
+	c.EnableCompression = false             // messages are compact
 	c.Events = events{ctx, m}
-	c.Delegate = delegate{&m.leaving}
+	c.Delegate = delegate{m}
 	c.Logger = log.New(slogWriter{ctx, m.config.Log}, "", 0)
 	return c
 }
@@ -212,12 +242,137 @@ func (m *Members) Alive() []string {
 	return slices.Compact(names)
 }
 
+// Agents is what each living agent says of itself, by the name of its node: those of Alive. An agent that has not said
+// anything yet is there with the zero value.
+//
+// What an earlier process on this node said of itself, if others remember it, stands until Tell, and its claims are added to
+// those of a Tell that came before. So an agent that comes back after a crash finds the claims that it had.
+func (m *Members) Agents() map[string]announcer.Agent {
+	alive := m.Alive()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	agents := make(map[string]announcer.Agent, len(alive))
+	for _, name := range alive {
+		agents[name] = m.agents[name]
+	}
+	return agents
+}
+
+// Tell replaces what this agent says of itself, and sends it to all others; the whole value, whose Version does not count. Of
+// several in a row the last one may be all that others hear.
+func (m *Members) Tell(a announcer.Agent) {
+	m.mu.Lock()
+	a.Version = m.agents[m.config.Node].Version + 1
+	m.agents[m.config.Node] = a
+	m.told = true
+	m.mu.Unlock()
+	poke(m.spreads)
+	poke(m.changed)
+}
+
+// spread sends the own word to all others whenever it changes: in packets of gossip if it fits, else over a TCP connection
+// to each.
+func (m *Members) spread(ctx context.Context, list *memberlist.Memberlist) {
+	var errands sync.WaitGroup
+	defer errands.Wait()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-m.spreads:
+		}
+		message, version := m.word()
+		if version == 0 {
+			continue
+		}
+		if len(message) <= datagram {
+			m.queue.QueueBroadcast(word{m.config.Node, message})
+			continue
+		}
+		for _, n := range list.Members() {
+			if n.Name == m.config.Node || !m.errand(n.Name, version) {
+				continue
+			}
+			errands.Go(func() {
+				// What does not arrive is learned at the next exchange of everything.
+				if err := list.SendReliable(n, message); err != nil {
+					m.config.Log.Debug("tell an agent", "node", n.Name, "error", err)
+				}
+				m.mu.Lock()
+				delete(m.errands, n.Name)
+				newer := m.agents[m.config.Node].Version > version
+				m.mu.Unlock()
+				if newer {
+					poke(m.spreads)
+				}
+			})
+		}
+	}
+}
+
+// errand tells whether nothing is on its way to a member, and notes that something is now.
+func (m *Members) errand(name string, version uint64) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, busy := m.errands[name]; busy {
+		return false
+	}
+	m.errands[name] = version
+	return true
+}
+
+// word is the message that says what this agent says of itself; version 0 = nothing.
+func (m *Members) word() (message []byte, version uint64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	own := m.agents[m.config.Node]
+	return encode(m.config.Node, own), own.Version
+}
+
+// heard takes in what an agent said of itself, unless something newer is known, and tells whether it was news of another one.
+func (m *Members) heard(message []byte) (about string, news bool) {
+	node, a, err := decode(message)
+	if err != nil {
+		m.config.Log.Debug("message of another agent", "error", err)
+		return "", false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	known := m.agents[node]
+	switch {
+	case node == m.config.Node && m.told:
+		// Of an earlier process here, if it is not what this one said. What this one says must count as newer, and it may
+		// want to keep what it had.
+		if a.Version < known.Version || a.Version == known.Version && reflect.DeepEqual(a, known) {
+			return node, false
+		}
+		known.Version = a.Version + 1
+		maps.Copy(a.Claims, known.Claims)
+		known.Claims = a.Claims
+		m.agents[node] = known
+		poke(m.spreads)
+		poke(m.changed)
+	case a.Version > known.Version:
+		m.agents[node] = a
+		poke(m.changed)
+		return node, node != m.config.Node
+	}
+	return node, false
+}
+
+// forget drops what an agent said that is gone.
+func (m *Members) forget(name string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.agents, name)
+}
+
 // watchCrashed keeps a node among the living while its kernel answers at the agent's port, refusing the connection or
 // not: the node lives, only its agent does not. Its data plane works on, and every connection through it would break if
-// its addresses went elsewhere. The agent has crashGrace to come back.
+// its addresses went elsewhere. The agent has the grace to come back.
 func (m *Members) watchCrashed(ctx context.Context, name string, at netip.AddrPort) {
-	deadline := time.Now().Add(crashGrace)
-	dialer := net.Dialer{Timeout: crashTimeout}
+	deadline := time.Now().Add(m.config.CrashGrace)
+	dialer := net.Dialer{Timeout: m.config.ProbeInterval} // a node that lives answers from its kernel
 	for time.Now().Before(deadline) && m.isCrashed(name, at) {
 		conn, err := dialer.DialContext(ctx, "tcp", at.String())
 		if err == nil {
@@ -229,11 +384,14 @@ func (m *Members) watchCrashed(ctx context.Context, name string, at netip.AddrPo
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(crashCheck):
+		case <-time.After(m.config.ProbeInterval):
 		}
 	}
 	m.mu.Lock()
-	delete(m.crashed, name)
+	if m.crashed[name] == at { // else it is back
+		delete(m.crashed, name)
+		delete(m.agents, name)
+	}
 	m.mu.Unlock()
 	poke(m.changed)
 }
@@ -244,7 +402,7 @@ func (m *Members) isCrashed(name string, at netip.AddrPort) bool {
 	return m.crashed[name] == at
 }
 
-// Changed receives when Alive may have changed. It holds one message: many changes may come as one.
+// Changed receives when Alive or Agents may have changed. It holds one message: many changes may come as one.
 func (m *Members) Changed() <-chan struct{} { return m.changed }
 
 // join tries the targets that are not members until ctx ends.
@@ -308,12 +466,14 @@ func (e events) NotifyJoin(n *memberlist.Node) {
 	delete(e.crashed, n.Name)
 	e.mu.Unlock()
 	poke(e.changed)
+	poke(e.spreads) // the one that joined may have missed the own word
 }
 
 func (e events) NotifyLeave(n *memberlist.Node) {
 	defer poke(e.changed)
 	addr, ok := netip.AddrFromSlice(n.Addr)
-	if !ok || string(n.Meta) == metaLeaving || e.ctx.Err() != nil {
+	if !ok || string(n.Meta) == metaLeaving || e.ctx.Err() != nil || e.config.CrashGrace == 0 {
+		e.forget(n.Name)
 		return
 	}
 	at := plain(netip.AddrPortFrom(addr, n.Port))
@@ -328,8 +488,9 @@ func (e events) NotifyUpdate(*memberlist.Node) { poke(e.changed) }
 // metaLeaving is the metadata of an agent that is about to end properly; all others have none.
 const metaLeaving = "leaving"
 
-// delegate gives memberlist this agent's metadata. There is nothing else to exchange.
-type delegate struct{ leaving *atomic.Bool }
+// delegate exchanges what agents say of themselves, and says whether this one is about to end. memberlist keeps none of the
+// slices that it is given, and changes those that it gives.
+type delegate struct{ *Members }
 
 func (d delegate) NodeMeta(int) []byte {
 	if d.leaving.Load() {
@@ -338,10 +499,48 @@ func (d delegate) NodeMeta(int) []byte {
 	return nil
 }
 
-func (delegate) NotifyMsg([]byte)                {}
-func (delegate) GetBroadcasts(int, int) [][]byte { return nil }
-func (delegate) LocalState(bool) []byte          { return nil }
-func (delegate) MergeRemoteState([]byte, bool)   {}
+// NotifyMsg passes news on, as gossip does: the one that they are about tells a few others only.
+func (d delegate) NotifyMsg(message []byte) {
+	if about, news := d.heard(message); news && len(message) <= datagram {
+		d.queue.QueueBroadcast(word{about, slices.Clone(message)})
+	}
+}
+
+func (d delegate) GetBroadcasts(overhead, limit int) [][]byte {
+	return d.queue.GetBroadcasts(overhead, limit)
+}
+
+// LocalState is what all living agents said, each message after its length: what one of them could not be told by another,
+// it is told by a third.
+func (d delegate) LocalState(bool) (state []byte) {
+	for name, a := range d.Agents() {
+		if a.Version > 0 {
+			message := encode(name, a)
+			state = append(binary.AppendUvarint(state, uint64(len(message))), message...)
+		}
+	}
+	return state
+}
+
+func (d delegate) MergeRemoteState(state []byte, _ bool) {
+	r := &reader{rest: state}
+	for len(r.rest) > 0 && !r.failed {
+		if message := r.bytes(r.number()); !r.failed {
+			d.heard(message)
+		}
+	}
+}
+
+// word is a message about an agent that is on its way by gossip; the next one about it takes its place.
+type word struct {
+	about   string
+	message []byte
+}
+
+func (w word) Name() string                          { return w.about }
+func (w word) Message() []byte                       { return w.message }
+func (w word) Invalidates(memberlist.Broadcast) bool { return false } // by name
+func (w word) Finished()                             {}
 
 // slogWriter takes memberlist's lines, "[WARN] memberlist: text", to the structured log: warnings and errors as
 // warnings, since the protocol recovers from all of them by itself, anything else for debugging. So is everything

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -19,11 +20,18 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 
+	"github.com/longshore-lb/longshore/announcer"
 	"github.com/longshore-lb/longshore/announcer/members"
 )
 
 // childEnv, if set, makes the test binary one agent, "name address peer,peer", that runs until it is killed.
 const childEnv = "LONGSHORE_TEST_MEMBER"
+
+// The pace is an agent's own, the grace longer than a test waits while an agent is away.
+const (
+	pace  = 200 * time.Millisecond
+	grace = 6 * time.Second
+)
 
 // patience is how long a test waits for what must come.
 const patience = 60 * time.Second
@@ -37,9 +45,13 @@ func TestMain(m *testing.M) {
 }
 
 func runChild(fields []string) {
-	m, err := members.New(members.Config{Node: fields[0], Bind: netip.MustParseAddrPort(fields[1]), Log: slog.New(slog.DiscardHandler)})
+	m, err := members.New(members.Config{Node: fields[0], Bind: netip.MustParseAddrPort(fields[1]), ProbeInterval: pace, CrashGrace: grace,
+		Log: slog.New(slog.DiscardHandler)})
 	if err == nil {
 		m.Join([]netip.AddrPort{netip.MustParseAddrPort(fields[2])})
+		if len(fields) > 3 {
+			m.Tell(says(uint64(len(fields[3]))))
+		}
 		fmt.Println("running")
 		err = m.Run(context.Background())
 	}
@@ -57,7 +69,7 @@ type agent struct {
 func start(t *testing.T, name string, bind netip.AddrPort, key []byte, peers ...netip.AddrPort) agent {
 	t.Helper()
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})).With("agent", name)
-	m, err := members.New(members.Config{Node: name, Bind: bind, Key: key, Log: log})
+	m, err := members.New(members.Config{Node: name, Bind: bind, Key: key, ProbeInterval: pace, CrashGrace: grace, Log: log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,6 +108,111 @@ func (a agent) sees(t *testing.T, want ...string) time.Duration {
 			t.Fatalf("%s sees the wrong agents (-want +got):\n%s", a.name, cmp.Diff(want, got))
 		}
 	}
+}
+
+// says is what an agent may say of itself, with a number of claims.
+func says(claims uint64) announcer.Agent {
+	a := announcer.Agent{Able: true, Links: []announcer.Link{{Name: "eth0", IPv4: true}}, Claims: map[netip.Addr]uint64{}}
+	for i := range claims {
+		a.Claims[netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)})] = claims
+	}
+	return a
+}
+
+// hears waits, by Changed alone, until what the agent knows of another one is this.
+func (a agent) hears(t *testing.T, name string, want announcer.Agent) {
+	t.Helper()
+	deadline := time.After(patience)
+	for {
+		got := a.Agents()[name]
+		got.Version = 0
+		diff := cmp.Diff(want, got, byValue)
+		if diff == "" {
+			return
+		}
+		select {
+		case <-a.Changed():
+		case <-deadline:
+			t.Fatalf("%s knows of %s (-want +got):\n%s", a.name, name, diff)
+		}
+	}
+}
+
+var byValue = cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
+
+// TestTell holds that all agents hear what one says of itself, be it little or much, and the last thing of all.
+func TestTell(t *testing.T) {
+	at := []netip.AddrPort{endpoint(t, "127.0.0.61"), endpoint(t, "127.0.0.62"), endpoint(t, "127.0.0.63"), endpoint(t, "127.0.0.64")}
+	key := []byte("0123456789abcdef")
+	a, b := start(t, "a", at[0], key, at...), start(t, "b", at[1], key, at...)
+	c := start(t, "c", at[2], key, at...)
+	for _, x := range []agent{a, b, c} {
+		x.sees(t, "a", "b", "c")
+	}
+	for _, claims := range []uint64{3, 0, 5000, 1} {
+		began := time.Now()
+		a.Tell(says(claims))
+		for _, x := range []agent{a, b, c} {
+			x.hears(t, "a", says(claims))
+		}
+		if took := time.Since(began); took > 2*time.Second { // it does not come with the exchange each 10 s
+			t.Errorf("%d claims were heard after %v", claims, took)
+		}
+	}
+	for i := range uint64(300) {
+		a.Tell(says(1000 + i))
+	}
+	b.Tell(says(2000))
+	for _, x := range []agent{a, b, c} {
+		x.hears(t, "a", says(1299))
+		x.hears(t, "b", says(2000))
+	}
+	d := start(t, "d", at[3], key, at[2]) // joins by c, which has not said anything
+	d.hears(t, "a", says(1299))
+	d.hears(t, "b", says(2000))
+	d.hears(t, "c", announcer.Agent{})
+	began := time.Now()
+	a.Tell(says(7))
+	d.hears(t, "a", says(7))
+	if took := time.Since(began); took > 5*time.Second { // it does not come with the exchange each 10 s
+		t.Errorf("d heard after %v", took)
+	}
+	b.stop()
+	a.sees(t, "a", "c", "d")
+	if _, ok := a.Agents()["b"]; ok {
+		t.Error("what b said has not gone with it")
+	}
+}
+
+// TestTellAgain holds that an agent that comes back after a crash finds what it said before, and that what it says then counts.
+func TestTellAgain(t *testing.T) {
+	at := []netip.AddrPort{endpoint(t, "127.0.0.65"), endpoint(t, "127.0.0.66")}
+	a := start(t, "a", at[0], nil, at...)
+	kill := startChild(t, "b", at[1], at[0], "five!")
+	a.hears(t, "b", says(5))
+	kill()
+	b := start(t, "b", at[1], nil, at[0])
+	b.hears(t, "b", says(5))
+	a.hears(t, "b", says(5))
+	b.Tell(says(1))
+	a.hears(t, "b", says(1))
+	b.hears(t, "b", says(1))
+	b.stop()
+	a.sees(t, "a")
+
+	// One that speaks before it has heard of its earlier life.
+	kill = startChild(t, "b", at[1], at[0], "five!")
+	a.hears(t, "b", says(5))
+	kill()
+	b = start(t, "b", at[1], nil)
+	b.Tell(says(2))
+	b.Join(at[:1])
+	both := says(5)
+	maps.Copy(both.Claims, says(2).Claims)
+	a.hears(t, "b", both)
+	b.hears(t, "b", both)
+	b.Tell(says(2))
+	a.hears(t, "b", says(2))
 }
 
 // endpoint is a port that is free on an address for both UDP and TCP, and not one that the kernel gives out by itself
@@ -148,7 +265,7 @@ func TestMembers(t *testing.T) {
 			}
 			a.sees(t, "a", "b")
 			b.sees(t, "a", "b")
-			if took := time.Since(began); took > 8*time.Second { // what takes a moment would take 10 s
+			if took := time.Since(began); took > grace*3/4 { // what takes a moment would take the grace
 				t.Errorf("c took leave and was gone after %v only, as if it had crashed", took)
 			}
 
@@ -194,25 +311,28 @@ func TestCrash(t *testing.T) {
 	kill := startChild(t, "b", at[1], at[0])
 	a.sees(t, "a", "b")
 	kill()
-	// Two looks after memberlist takes it for dead, and long before its time is up.
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	// Many looks after memberlist takes it for dead, and long before its time is up.
+	for deadline := time.Now().Add(grace / 2); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		if got := a.Alive(); !slices.Equal(got, []string{"a", "b"}) {
 			t.Fatalf("a sees %v after b has crashed", got)
 		}
 	}
 	startChild(t, "b", at[1], at[0])
-	for deadline := time.Now().Add(8 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(grace * 3 / 2); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		if got := a.Alive(); !slices.Equal(got, []string{"a", "b"}) {
 			t.Fatalf("a sees %v after b has come back", got)
 		}
 	}
 }
 
-// startChild runs an agent as a process of its own and returns what kills it.
-func startChild(t *testing.T, name string, bind, peer netip.AddrPort) (kill func()) {
+// startChild runs an agent as a process of its own and returns what kills it. It claims an address for each letter of a word.
+func startChild(t *testing.T, name string, bind, peer netip.AddrPort, word ...string) (kill func()) {
 	t.Helper()
 	child := exec.Command(os.Args[0])
-	child.Env = append(os.Environ(), fmt.Sprintf("%s=%s %s %s", childEnv, name, bind, peer))
+	if name == elsewhere {
+		child = exec.Command("ip", "netns", "exec", elsewhere, os.Args[0])
+	}
+	child.Env = append(os.Environ(), fmt.Sprintf("%s=%s %s %s %s", childEnv, name, bind, peer, strings.Join(word, "")))
 	out, err := child.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -239,6 +359,36 @@ func startChild(t *testing.T, name string, bind, peer netip.AddrPort) (kill func
 	}
 	t.Cleanup(kill)
 	return kill
+}
+
+// elsewhere is an agent in a network namespace of that name.
+const elsewhere = "longshore-members"
+
+// TestNodeDies lets a node fall silent, its kernel too, and measures how long that goes unnoticed.
+func TestNodeDies(t *testing.T) {
+	ip := func(line string) {
+		t.Helper()
+		if out, err := exec.Command("ip", strings.Fields(line)...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %s: %v: %s", line, err, out)
+		}
+	}
+	ip("netns add " + elsewhere)
+	t.Cleanup(func() { ip("netns del " + elsewhere) })
+	ip("link add members type veth peer name eth0 netns " + elsewhere)
+	ip("addr add 10.254.77.1/24 dev members")
+	ip("link set members up")
+	ip("-n " + elsewhere + " addr add 10.254.77.2/24 dev eth0")
+	ip("-n " + elsewhere + " link set eth0 up")
+	at := []netip.AddrPort{endpoint(t, "10.254.77.1"), netip.MustParseAddrPort("10.254.77.2:7946")}
+	a := start(t, "a", at[0], nil, at[1])
+	startChild(t, elsewhere, at[1], at[0])
+	a.sees(t, "a", elsewhere)
+	ip("-n " + elsewhere + " route add blackhole 10.254.77.1/32") // it hears, and says nothing any more
+	took := a.sees(t, "a")
+	t.Logf("the node was taken for dead after %v, with a probe interval of %v", took, pace)
+	if most := 10 * pace; took > most {
+		t.Errorf("the node was taken for dead after %v, later than %v", took, most)
+	}
 }
 
 // TestStrangers holds that agents with different keys, or one with and one without, stay apart.
@@ -281,7 +431,7 @@ func TestRunAddressTaken(t *testing.T) {
 	at := endpoint(t, "127.0.0.51")
 	a := start(t, "a", at, nil)
 	<-a.Changed()
-	m, err := members.New(members.Config{Node: "b", Bind: at, Log: slog.New(slog.DiscardHandler)})
+	m, err := members.New(members.Config{Node: "b", Bind: at, ProbeInterval: pace, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,14 +449,15 @@ func TestNew(t *testing.T) {
 		config members.Config
 		want   string // "" = accepted
 	}{
-		{"good", members.Config{Node: "a", Bind: bind, Log: log}, ""},
-		{"good key", members.Config{Node: "a", Bind: bind, Log: log, Key: make([]byte, 24)}, ""},
-		{"no name", members.Config{Bind: bind, Log: log}, "no node name"},
-		{"no logger", members.Config{Node: "a", Bind: bind}, "no logger"},
-		{"no address", members.Config{Node: "a", Log: log}, "bind address"},
-		{"every address", members.Config{Node: "a", Bind: netip.MustParseAddrPort("[::]:7946"), Log: log}, "bind address [::]:7946"},
-		{"no port", members.Config{Node: "a", Bind: netip.MustParseAddrPort("192.0.2.1:0"), Log: log}, "bind address 192.0.2.1:0"},
-		{"short key", members.Config{Node: "a", Bind: bind, Log: log, Key: make([]byte, 15)}, "key of 15 bytes"},
+		{"good", members.Config{Node: "a", Bind: bind, ProbeInterval: pace, Log: log}, ""},
+		{"good key", members.Config{Node: "a", Bind: bind, ProbeInterval: pace, Log: log, Key: make([]byte, 24)}, ""},
+		{"no name", members.Config{Bind: bind, ProbeInterval: pace, Log: log}, "no node name"},
+		{"no logger", members.Config{Node: "a", Bind: bind, ProbeInterval: pace}, "no logger"},
+		{"no address", members.Config{Node: "a", ProbeInterval: pace, Log: log}, "bind address"},
+		{"every address", members.Config{Node: "a", Bind: netip.MustParseAddrPort("[::]:7946"), ProbeInterval: pace, Log: log}, "bind address [::]:7946"},
+		{"no port", members.Config{Node: "a", Bind: netip.MustParseAddrPort("192.0.2.1:0"), ProbeInterval: pace, Log: log}, "bind address 192.0.2.1:0"},
+		{"short key", members.Config{Node: "a", Bind: bind, ProbeInterval: pace, Log: log, Key: make([]byte, 15)}, "key of 15 bytes"},
+		{"no pace", members.Config{Node: "a", Bind: bind, Log: log}, "probe interval 0s"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			_, err := members.New(test.config)

@@ -175,18 +175,18 @@ func runClusterAgent(ctx context.Context, node string, conf config.Agent, kube *
 	if err != nil {
 		return fmt.Errorf("key of the traffic between agents: %w", err)
 	}
-	m, err := members.New(members.Config{Node: node, Bind: netip.AddrPortFrom(addrs[0], conf.MembersPort), Key: key, Log: log})
+	m, err := members.New(members.Config{Node: node, Bind: netip.AddrPortFrom(addrs[0], conf.MembersPort), Key: key,
+		ProbeInterval: conf.ProbeInterval, CrashGrace: conf.CrashGrace, Log: log})
 	if err != nil {
 		return err
 	}
 	inbox := controller.NewInbox()
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return m.Run(ctx) })
 	group.Go(func() error { return kube.WatchForAgent(ctx, inbox) })
 	reports := kube.Reporter(node, log)
 	group.Go(func() error { return reports.Run(ctx) })
-	agent := startAgent(ctx, group, controller.AgentOptions{
-		Node: node, Config: conf, Inbox: inbox, DataPlane: data, Members: m, Reports: reports,
+	agent := startAgent(ctx, group, m.Run, controller.AgentOptions{
+		Node: node, Config: conf, Inbox: inbox, DataPlane: data, Members: m, Registry: kube, TieBreak: kube.TieBreak(node), Reports: reports,
 		Events: kube.Events(ctx, "longshore-agent", node), Password: kube.Password, Log: log,
 		WatchPods: func() { kube.WatchPods(ctx, inbox) },
 	})
@@ -218,15 +218,23 @@ func awaitReady(ctx context.Context, agent *controller.Agent) bool {
 	return true
 }
 
-// startAgent starts an agent and the parts of it that do not depend on where its objects come from.
-func startAgent(ctx context.Context, group *errgroup.Group, o controller.AgentOptions) *controller.Agent {
+// startAgent starts an agent and the parts of it that do not depend on where its objects come from. The gossip and the answers by
+// ARP and NDP go on until the agent has handed its addresses over; gossip is nil if there are no others.
+func startAgent(ctx context.Context, group *errgroup.Group, gossip func(context.Context) error, o controller.AgentOptions) *controller.Agent {
 	responder := layer2.New(o.Log, layer2.Options{})
 	speaker := bgp.New(o.Log, nil)
 	o.Layer2, o.Speaker = responder, speaker
 	agent := controller.NewAgent(o)
-	group.Go(func() error { return responder.Run(ctx) })
+	longer, end := context.WithCancel(context.WithoutCancel(ctx))
+	if gossip != nil {
+		group.Go(func() error { return gossip(longer) })
+	}
+	group.Go(func() error { return responder.Run(longer) })
 	group.Go(func() error { return speaker.Run(ctx) })
-	group.Go(func() error { return agent.Run(ctx) })
+	group.Go(func() error {
+		defer end()
+		return agent.Run(ctx)
+	})
 	if os.Getenv("GOGC") == "" {
 		group.Go(func() error {
 			if awaitReady(ctx, agent) {

@@ -67,7 +67,7 @@ the YAML and JSON files of a folder, follows their changes, and serves and annou
 		group, ctx := errgroup.WithContext(c.Context())
 		group.Go(func() error { return files.Run(ctx) })
 		group.Go(func() error { loop.Run(ctx); return nil })
-		startAgent(ctx, group, controller.AgentOptions{
+		startAgent(ctx, group, nil, controller.AgentOptions{
 			Node: flags.node, Config: conf, Inbox: forAgent, DataPlane: data, Events: events, Log: log,
 		})
 		return ended(group.Wait())

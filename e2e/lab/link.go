@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -161,4 +163,27 @@ func degrade(in *namespace, link netlink.Link, q Quality) error {
 		return fmt.Errorf("degrade %s in %s: %w", link.Attrs().Name, in.name, err)
 	}
 	return nil
+}
+
+// Split parts the nodes on the lan: two that are in different groups do not hear each other, everybody else hears all. Without
+// groups it makes the lan whole again.
+func (l *Lab) Split(groups ...[]*Node) error {
+	var rules strings.Builder
+	for i, group := range groups {
+		for _, other := range slices.Concat(groups[i+1:]...) {
+			for _, n := range group {
+				a, b := n.Link.port, other.Link.port
+				fmt.Fprintf(&rules, "iifname %[1]q oifname %[2]q drop\niifname %[2]q oifname %[1]q drop\n", a, b)
+			}
+		}
+	}
+	// Declared before it is deleted, so that it is there to be deleted.
+	return l.network.bridges.nft(fmt.Sprintf(`table bridge split {}
+		delete table bridge split
+		table bridge split {
+			chain forward {
+				type filter hook forward priority filter
+				%s
+			}
+		}`, rules.String()))
 }

@@ -108,6 +108,61 @@ func awaitAnswer(t *testing.T, h *Host, server netip.AddrPort) {
 	}
 }
 
+// TestSplit parts nodes from one another, and from nobody else, and watches who answers for an address.
+func TestSplit(t *testing.T) {
+	ctx := t.Context()
+	l := ForTest(t, Config{Nodes: 3, Log: testLog(t)})
+	n := l.Nodes
+	servers := []netip.AddrPort{startServer(t, n[0].Host, "n1-server"), startServer(t, n[1].Host, "n2-server"), startServer(t, n[2].Host, "n3-server")}
+	reaches := func(from *Host, to int, want bool) {
+		t.Helper()
+		if _, err := from.Ask(ctx, "tcp", servers[to]); (err == nil) != want {
+			t.Errorf("%s asks n%d: %v", from.Name, to+1, err)
+		}
+	}
+	split := func(groups ...[]*Node) {
+		t.Helper()
+		if err := l.Split(groups...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	split(n[:1], n[1:])
+	reaches(n[0].Host, 1, false)
+	reaches(n[2].Host, 0, false)
+	reaches(n[1].Host, 2, true)
+	for i := range n {
+		reaches(l.Client, i, true)
+	}
+	split(n[:1], n[1:2], n[2:])
+	reaches(n[1].Host, 2, false)
+	split()
+	for _, from := range n {
+		for i := range n {
+			reaches(from.Host, i, true)
+		}
+	}
+
+	end, err := l.Client.Watch(n[1].V4, 10*time.Millisecond)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Await(ctx, "a second question", time.Minute, func(context.Context) error {
+		_, err := l.Client.WhoHas(n[1].V4, 100*time.Millisecond)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	answers := end()
+	if len(answers) < 3 {
+		t.Errorf("%d answers", len(answers))
+	}
+	for _, a := range answers {
+		if a.By.String() != n[1].MAC().String() {
+			t.Errorf("%s answers for n2", a.By)
+		}
+	}
+}
+
 // TestWhoHas asks for addresses of one machine, of none and of two.
 func TestWhoHas(t *testing.T) {
 	l := ForTest(t, Config{Nodes: 2, Log: testLog(t)})

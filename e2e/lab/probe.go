@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/mdlayher/arp"
@@ -83,6 +84,61 @@ func askNDP(device *net.Interface, addr netip.Addr, deadline time.Time) ([]net.H
 		}
 		return nil, nil
 	})
+}
+
+// Answered is one answer to the question who has an address.
+type Answered struct {
+	At time.Time
+	By net.HardwareAddr
+}
+
+// Watch asks the host's first network by ARP, again and again, who has an IPv4 address, until the function that it returns is
+// called, which tells all answers in their order.
+func (h *Host) Watch(addr netip.Addr, every time.Duration) (end func() []Answered, err error) {
+	var client *arp.Client
+	err = h.run(func() error {
+		device, err := net.InterfaceByName(h.Link.device)
+		if err == nil {
+			client, err = arp.Dial(device)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("watch %s from %s: %w", addr, h.Name, err)
+	}
+	var answers []Answered
+	var working sync.WaitGroup
+	stop := make(chan struct{})
+	working.Go(func() {
+		for {
+			p, _, err := client.Read()
+			if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, os.ErrClosed) {
+				return
+			}
+			if err == nil && p.Operation == arp.OperationReply && p.SenderIP == addr && p.TargetIP != addr { // not gratuitous
+				answers = append(answers, Answered{time.Now(), p.SenderHardwareAddr})
+			}
+		}
+	})
+	working.Go(func() {
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		for {
+			_ = client.Request(addr) // what is lost is asked again
+			select {
+			case <-stop:
+				return
+			case <-tick.C:
+			}
+		}
+	})
+	return func() []Answered {
+		close(stop)
+		_ = client.SetReadDeadline(time.Now().Add(every))
+		working.Wait()
+		_ = client.Close()
+		return answers
+	}, nil
 }
 
 // collect calls read until its deadline has passed, and returns each address once.
