@@ -93,20 +93,21 @@ kind: BGPPeer
 metadata: {name: tor}
 spec: {myASN: 64512, peerASN: 64513, peerAddress: tor.example}
 `)
+		m.expect("a wrong peer",
+			`Warning event on default/tor: ConfigurationRefused: BGPPeer default/tor: spec.peerAddress: "tor.example": "tor.example" is not an IP address`)
 		putUnchecked(t, inbox, `
 apiVersion: metallb.io/v1beta1
 kind: L2Advertisement
 metadata: {name: lan}
 spec: {interfaces: [eth 0]}
 `)
-		m.expect("a wrong peer and a wrong advertisement",
-			`Warning event on default/lan: ConfigurationRefused: L2Advertisement default/lan: spec.interfaces[0]: "eth 0": not the name of a link`,
-			`Warning event on default/tor: ConfigurationRefused: BGPPeer default/tor: spec.peerAddress: "tor.example": "tor.example" is not an IP address`)
+		m.expect("a wrong advertisement",
+			`Warning event on default/lan: ConfigurationRefused: L2Advertisement default/lan: spec.interfaces[0]: "eth 0": not the name of a link`)
 		time.Sleep(time.Minute)
 		if diff := cmp.Diff(before, m.speaker, cmpopts.EquateComparable(bgp.Peer{}, netip.Addr{}, netip.Prefix{})); diff != "" {
 			t.Errorf("the speaker (-before +after):\n%s", diff)
 		}
-		if fmt.Sprint(m.answers) != "[{192.0.2.1 []}]" {
+		if fmt.Sprint(m.answers) != "[{192.0.2.1 [] false}]" {
 			t.Errorf("answers for %v", m.answers)
 		}
 		inbox.Remove(&v1beta2.BGPPeer{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "tor"}})
