@@ -53,6 +53,10 @@ type Installation struct {
 	binary  string
 }
 
+// Pace is the lab's agent.members.probeInterval, slower than the chart's: on two emulated processors with all of a cluster an agent may
+// not get to run for a while.
+const Pace = 500 * time.Millisecond
+
 // Install installs the chart in folder root and returns when every agent is ready. The program is bin/longshore there.
 func Install(ctx context.Context, l *lab.Lab, c *lab.Cluster, root string) (*Installation, error) {
 	binary, err := onMemory(filepath.Join(root, "bin", "longshore"))
@@ -64,7 +68,7 @@ func Install(ctx context.Context, l *lab.Lab, c *lab.Cluster, root string) (*Ins
 	// An agent that was killed takes longer to come back here than on a machine of its own.
 	if _, err := c.Helm(ctx, "install", "longshore", filepath.Join(root, "charts", "longshore"),
 		"--namespace", Namespace, "--create-namespace",
-		"--set", "agent.members.crashGrace=10s"); err != nil {
+		"--set", "agent.members.probeInterval="+Pace.String(), "--set", "agent.members.crashGrace=10s"); err != nil {
 		return nil, err
 	}
 	return i, i.AwaitReady(ctx)

@@ -16,12 +16,11 @@ import (
 )
 
 const (
-	// pace is the chart's agent.members.probeInterval. A node is taken for dead after at most 6 times that, and slowness is
-	// how much longer all may take where the processors are emulated and shared by everything.
-	pace     = 200 * time.Millisecond
-	slowness = 5
+	// A node is taken for dead after at most 6 times the pace, and slowness is how much longer all may take where the
+	// processors are emulated and shared by everything.
+	slowness = 3
 
-	detection = 6 * pace * slowness
+	detection = 6 * Pace * slowness
 	healing   = time.Second * slowness
 )
 
