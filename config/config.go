@@ -22,9 +22,6 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 )
 
-// notYet is the reason for refusing a field that changes behaviour we do not have.
-const notYet = "field not supported yet"
-
 // mistakes collects what is wrong with one object.
 type mistakes struct {
 	object string // kind and name, as error messages begin

@@ -350,6 +350,14 @@ func TestAgentFence(t *testing.T) {
 		c.owners("together again", "n1")
 		c.split("n1", "n2", "n3")
 		c.owners("each alone")
+		for _, inbox := range c.inboxes {
+			for _, name := range []string{"n2", "n3"} { // the name is all that a watch tells of what is deleted
+				inbox.Remove(&coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Namespace: "longshore-system", Name: agentLease(name)}})
+			}
+		}
+		c.owners("only n1 is said to have an agent", "n1")
+		c.register()
+		c.owners("all are again")
 		c.split("n1", "n2 n3")
 		c.owners("n1 alone", "n3")
 		c.split("n1", "n2", "n3")

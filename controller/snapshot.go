@@ -11,6 +11,7 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -194,8 +195,8 @@ func (s *snapshot) update(changes []change) touched {
 			keep(s.nodes, name, o, c.deleted)
 			t.nodes = true
 		case *coordinationv1.Lease:
-			if o.Spec.HolderIdentity != nil && o.Name == agentLease(*o.Spec.HolderIdentity) {
-				s.agents[*o.Spec.HolderIdentity] = !c.deleted
+			if node, ok := strings.CutPrefix(o.Name, agentLeasePrefix); ok { // of one that is deleted only the name is known
+				s.agents[node] = !c.deleted
 				t.agents = true
 			}
 		case *corev1.Namespace:

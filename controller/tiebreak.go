@@ -120,7 +120,9 @@ func (b *TieBreak) Release(ctx context.Context) error {
 const AgentLabel = "longshore.dev/agent"
 
 // agentLease is the name of such a Lease.
-func agentLease(node string) string { return "longshore-agent." + node }
+func agentLease(node string) string { return agentLeasePrefix + node }
+
+const agentLeasePrefix = "longshore-agent."
 
 // Register says that a node has an agent, until Unregister or until the Node is deleted.
 func (k *Kubernetes) Register(ctx context.Context, node string) error {

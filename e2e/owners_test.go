@@ -18,7 +18,7 @@ import (
 const (
 	// A node is taken for dead after at most 6 times the pace, and slowness is how much longer all may take where the
 	// processors are emulated and shared by everything.
-	slowness = 3
+	slowness = 2
 
 	detection = 6 * Pace * slowness
 	healing   = time.Second * slowness
