@@ -26,7 +26,7 @@ const module = "github.com/longshore-lb/longshore"
 // needsIPVS is the packages whose tests run in the lab's kernel, and how long they may take.
 var needsIPVS = map[string]string{
 	"/ipvs/kernel": "5m",
-	"/e2e":         "25m",
+	"/e2e":         "35m",
 }
 
 func main() {
