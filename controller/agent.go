@@ -184,7 +184,7 @@ type Agent struct {
 	stale     bool        // the configuration could not be read whole, such as a password
 	pools     goodPools
 	good      goodObjects
-	warned    []string                             // what of their BGPPeers does not come about as it is said
+	warned    []string                             // what in the objects does not come about as it is said
 	refused   []string                             // why objects of group metallb.io are not in use
 	told      map[types.NamespacedName][]Announced // what the network was last told
 	announced int                                  // how many addresses that is
